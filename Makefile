@@ -1,0 +1,45 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+QUIET := -qq --disable-pip-version-check --no-input
+SOURCES := wise_fast kernels bench tests
+STAMP := $(VENV)/.installed
+# Lies in the environment while pip works on it: found by the next run, it means an interrupted install.
+UNFINISHED := $(VENV)/.unfinished
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo lint test bench clean
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+venv: $(STAMP) ## make .venv with everything in it, at the versions of constraints.txt
+
+# torch first and alone: its pin takes a local CPU wheel where there is one, instead of gigabytes of CUDA.
+$(STAMP): pyproject.toml constraints.txt
+	@if [ -e $(UNFINISHED) ] || ! $(PIP) --version >/dev/null 2>&1; then $(PYTHON) -m venv --clear $(VENV); fi
+	@echo "installing into $(VENV) (minutes the first time)"
+	@trap 'exit 130' INT TERM; touch $(UNFINISHED); \
+	{ $(PIP) install $(QUIET) "$$(grep '^torch==' constraints.txt)" && \
+	  $(PIP) install $(QUIET) -e '.[dev]' -c constraints.txt; } || { rm -f $(UNFINISHED); exit 1; }
+	@rm -f $(UNFINISHED)
+	@touch $@
+
+demo: $(STAMP) ## edit a few facts in Gemma 3 270M and show what changed
+	@$(BIN)/wise-fast demo $(ARGS)
+
+lint: $(STAMP) ## ruff: rules and format
+	@$(BIN)/python -m ruff check $(SOURCES)
+	@$(BIN)/python -m ruff format --check $(SOURCES)
+
+# Tests use small tensors: more threads than this only wait for each other.
+test: lint ## lint, then the test suite (ARGS="-k name" for a part)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -q $(ARGS)
+
+bench: $(STAMP) ## the benchmarks (ARGS= is passed on)
+	@$(BIN)/python -m bench.run $(ARGS)
+
+clean: ## remove caches and build output (the environment stays)
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

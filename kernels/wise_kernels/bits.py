@@ -1,0 +1,65 @@
+"""Bit masks of the element layout. A mask over D [O, F] is kept as `bits [O, ceil(F/32)] int32`: weight (o, c) is in
+the mask when bit c % 32 of word c // 32 of row o is set. The packed values of a memory are its masked weights in
+row-major order, so value v belongs to the v-th set bit. Everything here runs without a host sync.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WORD = 32
+
+
+def words(width: int) -> int:
+    """Number of 32-bit words that hold a row of `width` bits."""
+    return (width + WORD - 1) // WORD
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Pack a boolean mask [..., F] into int32 words [..., ceil(F/32)]; bits past F are zero.
+
+    Raises ValueError if `mask` is not boolean or has no dimension.
+    """
+    if mask.dtype != torch.bool or mask.dim() < 1:
+        raise ValueError(f"mask must be a bool tensor [..., F], got {mask.dtype} {tuple(mask.shape)}")
+    padded = F.pad(mask, (0, words(mask.shape[-1]) * WORD - mask.shape[-1])).to(torch.uint8)
+    weights = torch.ones(8, dtype=torch.uint8, device=mask.device) << _shifts(mask.device)
+    octets = (padded.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+    return octets.view(torch.int32)
+
+
+def unpack_bits(bits: Tensor, width: int) -> Tensor:
+    """Unpack int32 words [..., ceil(width/32)] into a boolean mask [..., width]; the inverse of `pack_bits`.
+
+    Raises ValueError if `bits` is not int32 or its last dimension is not ceil(width/32).
+    """
+    if bits.dtype != torch.int32 or bits.dim() < 1 or bits.shape[-1] != words(width):
+        expected = f"int32 [..., {words(width)}] for width {width}"
+        raise ValueError(f"bits must be {expected}, got {bits.dtype} {tuple(bits.shape)}")
+    # Bytes instead of words: the temporary is one byte a weight, not four (little-endian hosts and devices).
+    octets = bits.contiguous().view(torch.uint8)
+    mask = (octets.unsqueeze(-1) >> _shifts(bits.device)) & 1
+    return mask.view(torch.bool).flatten(-2)[..., :width]
+
+
+def unpack_dense(values: Tensor, bits: Tensor, width: int) -> Tensor:
+    """Dense D [O, width] of one memory from its packed `values [V]` and `bits [O, ceil(width/32)]`."""
+    mask = unpack_bits(bits, width)
+    # masked_scatter, not dense[mask] = values: indexing by a mask counts it on the host.
+    return values.new_zeros(mask.shape).masked_scatter_(mask, values)
+
+
+def scatter_packed(packed: Tensor, dense: Tensor, mask: Tensor, start: Tensor) -> Tensor:
+    """Write the masked entries of `dense [o, F]` to `packed[start:]`, in row-major order; return the new start.
+
+    `packed` is [V + 1]: its last slot takes the entries outside the mask. `start` is a 0-d int64 tensor, so that a
+    caller can walk over blocks of rows. Unlike `dense[mask]` this needs no host sync.
+    """
+    count = mask.flatten().cumsum(0) + start
+    spill = packed.shape[0] - 1
+    packed.scatter_(0, torch.where(mask.flatten(), count - 1, spill), dense.flatten())
+    return count[-1] if count.numel() else start
+
+
+def _shifts(device: torch.device) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)

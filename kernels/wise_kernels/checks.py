@@ -1,0 +1,85 @@
+"""Argument checks shared by the public functions: a bank of J memories is `values`, its `columns [R]` (neuron layout)
+or `bits [J, O, ceil(F/32)]` (element layout), and host `offsets [J + 1]`. They look at shapes and dtypes only, so
+they cost no host sync and vanish under torch.compile.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .bits import words
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_offsets(offsets: Sequence[int], rows: int) -> list[int]:
+    """Return `offsets` as a list, or raise ValueError unless they run from 0 to `rows` without a step back."""
+    if isinstance(offsets, Tensor):
+        raise ValueError("offsets must be python ints, got a tensor: keep them on the host, reading them would sync")
+    # Loops over memories need their bounds on the host without reading the device.
+    offsets = list(offsets)
+    if len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != rows:
+        raise ValueError(f"offsets must be J + 1 ints from 0 to the {rows} rows of values, got {offsets}")
+    for low, high in zip(offsets, offsets[1:], strict=False):
+        if low > high:
+            raise ValueError(f"offsets must not decrease, got {offsets}")
+    return offsets
+
+
+def check_activations(a: Tensor) -> None:
+    """Raise ValueError unless `a` is a floating point matrix [N, F]."""
+    if a.dim() != 2 or a.dtype not in FLOATS:
+        raise ValueError(f"a must be a floating point [N, F], got {a.dtype} {tuple(a.shape)}; flatten batch and time")
+
+
+def check_columns(columns: Tensor, rows: int) -> None:
+    """Raise ValueError unless `columns` is int64 [rows]."""
+    if columns.dim() != 1 or columns.shape[0] != rows or columns.dtype != torch.int64:
+        raise ValueError(f"columns must be int64 [{rows}], got {columns.dtype} {tuple(columns.shape)}")
+
+
+def check_neuron(a: Tensor, values: Tensor, columns: Tensor, offsets: Sequence[int]) -> list[int]:
+    """Check a bank in the neuron layout against `a [N, F]`; return its offsets as a list."""
+    check_activations(a)
+    if values.dim() != 2 or values.dtype != a.dtype:
+        raise ValueError(f"values must be {a.dtype} [R, O] like a, got {values.dtype} {tuple(values.shape)}")
+    check_columns(columns, values.shape[0])
+    return check_offsets(offsets, values.shape[0])
+
+
+def check_element(a: Tensor, values: Tensor, bits: Tensor, offsets: Sequence[int]) -> list[int]:
+    """Check a bank in the element layout against `a [N, F]`; return its offsets as a list."""
+    check_activations(a)
+    if values.dim() != 1 or values.dtype != a.dtype:
+        raise ValueError(f"values must be {a.dtype} [V] like a, got {values.dtype} {tuple(values.shape)}")
+    offsets = check_offsets(offsets, values.shape[0])
+    memories, width = len(offsets) - 1, words(a.shape[1])
+    if bits.dim() != 3 or bits.dtype != torch.int32 or bits.shape[0] != memories or bits.shape[2] != width:
+        raise ValueError(f"bits must be int32 [{memories}, O, {width}], got {bits.dtype} {tuple(bits.shape)}")
+    return offsets
+
+
+def check_weight(a: Tensor, weight: Tensor, bias: Tensor | None, outputs: int | None = None) -> None:
+    """Raise ValueError unless `weight` is [O, F] and `bias` [O] or None, in the dtype of `a`, with O = `outputs`."""
+    if weight.dim() != 2 or weight.shape[1] != a.shape[1] or weight.dtype != a.dtype:
+        raise ValueError(
+            f"weight must be {a.dtype} [O, {a.shape[1]}], got {weight.dtype} {tuple(weight.shape)}; pass weight.t() "
+            "for a Conv1D"
+        )
+    if outputs is not None and weight.shape[0] != outputs:
+        raise ValueError(f"weight has {weight.shape[0]} outputs, the memories have {outputs}")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0] or bias.dtype != a.dtype):
+        raise ValueError(f"bias must be {a.dtype} [{weight.shape[0]}], got {bias.dtype} {tuple(bias.shape)}")
+
+
+def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Cast floating point tensors to the active autocast dtype; return them unchanged where autocast is off.
+
+    An op's fake only sees its inputs' dtypes, so what autocast would do inside of it has to happen before it.
+    """
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]

@@ -1,0 +1,141 @@
+"""Main projection, side responses and routing norms of activations a [N, F] in one op: y = a W^T + b [N, O],
+side_j = a D_j^T [J, N, O], norms_j(t) = ||a_t D_j^T||_2 [J, N] (eq. 3). y is exactly F.linear(a, W, b): a model with
+memories that are out of scope answers bit for bit like the unedited one.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .checks import autocast, check_element, check_neuron, check_weight
+from .side_forward import element_side, element_side_backward, empty_side, neuron_side, neuron_side_backward
+
+
+@torch.library.custom_op("wise::dual_forward", mutates_args=())
+def _dual_forward(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    values: Tensor,
+    columns: Tensor,
+    offsets: Sequence[int],
+    response: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # The same call as the unedited layer's, on the same strides, is what makes y identical to the bit.
+    return F.linear(a, weight, bias), *neuron_side(a, values, columns, offsets, response)
+
+
+@torch.library.custom_op("wise::dual_forward_element", mutates_args=())
+def _dual_forward_element(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    values: Tensor,
+    bits: Tensor,
+    offsets: Sequence[int],
+    response: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return F.linear(a, weight, bias), *element_side(a, values, bits, offsets, response)
+
+
+@_dual_forward.register_fake
+@_dual_forward_element.register_fake
+def _fake(a, weight, bias, values, layout, offsets, response):
+    y = a.new_empty(a.shape[0], weight.shape[0])
+    return y, *empty_side(a, len(offsets) - 1, weight.shape[0], response)
+
+
+def _setup_context(ctx, inputs, output):
+    a, weight, bias, values, layout, ctx.offsets, ctx.response = inputs
+    ctx.save_for_backward(weight, a, values, layout, *output[1:])
+
+
+def _linear_backward(ctx, grad_y: Tensor, weight: Tensor, a: Tensor):
+    # A frozen projection is the rule: its [O, F] gradient must not be formed unless someone asks for it.
+    grad_weight = grad_y.t() @ a if ctx.needs_input_grad[1] else None
+    grad_bias = grad_y.sum(0) if ctx.needs_input_grad[2] else None
+    return grad_y @ weight, grad_weight, grad_bias
+
+
+def _backward(ctx, grad_y, grad_side, grad_norms):
+    weight, *saved = ctx.saved_tensors
+    grad_a, grad_weight, grad_bias = _linear_backward(ctx, grad_y, weight, saved[0])
+    grad_side_a, grad_values = neuron_side_backward(ctx, grad_side, grad_norms, saved)
+    return grad_a + grad_side_a, grad_weight, grad_bias, grad_values, None, None, None
+
+
+def _backward_element(ctx, grad_y, grad_side, grad_norms):
+    weight, *saved = ctx.saved_tensors
+    grad_a, grad_weight, grad_bias = _linear_backward(ctx, grad_y, weight, saved[0])
+    grad_side_a, grad_values = element_side_backward(ctx, grad_side, grad_norms, saved)
+    return grad_a + grad_side_a, grad_weight, grad_bias, grad_values, None, None, None
+
+
+_dual_forward.register_autograd(_backward, setup_context=_setup_context)
+_dual_forward_element.register_autograd(_backward_element, setup_context=_setup_context)
+
+
+def dual_forward(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    values: Tensor,
+    columns: Tensor,
+    offsets: Sequence[int],
+    response: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Main output, side responses and routing norms (eq. 3), neuron layout; differentiable in every float input.
+
+    Args:
+        a: [N, F] activations, fp32, fp16 or bf16, any strides.
+        weight: [O, F] in the dtype of `a`, any strides (a Conv1D passes its transposed view).
+        bias: [O] in the dtype of `a`, or None.
+        values: [R, O] in the dtype of `a`; row r is column `columns[r]` of its memory's D.
+        columns: [R] int64 in [0, F).
+        offsets: J + 1 python ints; rows offsets[j]:offsets[j+1] belong to memory j.
+        response: whether to keep the responses, not only their norms.
+
+    Returns:
+        y [N, O], bit-identical to F.linear(a, weight, bias); side [J, N, O] in the dtype of `a` ([J, 0, O] without
+        `response`); norms [J, N] fp32.
+
+    Raises ValueError for shapes or dtypes other than these.
+    """
+    a, weight, bias, values = autocast(a, weight, bias, values)
+    offsets = check_neuron(a, values, columns, offsets)
+    check_weight(a, weight, bias, values.shape[1])
+    return _dual_forward(a, weight, bias, values, columns, offsets, response)
+
+
+def dual_forward_element(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    values: Tensor,
+    bits: Tensor,
+    offsets: Sequence[int],
+    response: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Main output, side responses and routing norms (eq. 3), element layout; differentiable in every float input.
+
+    Args:
+        a: [N, F] activations, fp32, fp16 or bf16, any strides.
+        weight: [O, F] in the dtype of `a`, any strides (a Conv1D passes its transposed view).
+        bias: [O] in the dtype of `a`, or None.
+        values: [V] in the dtype of `a`, packed row-major over each memory's mask.
+        bits: [J, O, ceil(F/32)] int32, see `bits.py`.
+        offsets: J + 1 python ints; values[offsets[j]:offsets[j+1]] belong to memory j, one to each of its set bits.
+        response: whether to keep the responses, not only their norms.
+
+    Returns:
+        y [N, O], bit-identical to F.linear(a, weight, bias); side [J, N, O] in the dtype of `a` ([J, 0, O] without
+        `response`); norms [J, N] fp32.
+
+    Raises ValueError for shapes or dtypes other than these.
+    """
+    a, weight, bias, values = autocast(a, weight, bias, values)
+    offsets = check_element(a, values, bits, offsets)
+    check_weight(a, weight, bias, bits.shape[1])
+    return _dual_forward_element(a, weight, bias, values, bits, offsets, response)

@@ -1,0 +1,220 @@
+"""One optimiser step on a compact side memory, in place: the sampled product g = M * (dY^T a), SGD with momentum or
+Adam, decoupled weight decay and an elementwise clamp, with no dense gradient. Neuron layout: values [K, O] and
+g = features^T dY with features [N, K] = a_S, or a_S P for the protected update; element layout: values [V], bits
+[O, ceil(F/32)], g gathered at the set bits from blocks of rows of dY^T a. Decay cannot leave the mask, because
+nothing outside it exists.
+"""
+
+import torch
+from torch import Tensor
+
+from .bits import scatter_packed, unpack_bits, words
+
+OPTIMIZERS = ("sgd", "adam")
+BLOCK_ENTRIES = 1 << 18
+
+
+def _apply_step(
+    values: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    lr: float,
+    step: int,
+    optimizer: str,
+    momentum: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    clamp: float | None,
+) -> None:
+    # .float() of an fp32 tensor is that tensor: fp32 memories are stepped in place, others through one fp32 copy.
+    master = values.float()
+    if weight_decay:
+        master.mul_(1 - lr * weight_decay)
+    if optimizer == "sgd":
+        if momentum:
+            grad = exp_avg.mul_(momentum).add_(grad)
+        master.add_(grad, alpha=-lr)
+    else:
+        exp_avg.lerp_(grad, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        # torch.optim's order of operations, so that the result is its result to the last bits.
+        scale = (1 - beta2**step) ** 0.5
+        master.addcdiv_(exp_avg, exp_avg_sq.sqrt().div_(scale).add_(eps), value=-lr / (1 - beta1**step))
+    if clamp is not None:
+        master.clamp_(-clamp, clamp)
+    if master is not values:
+        values.copy_(master)
+
+
+def _sampled_product(bits: Tensor, a: Tensor, dy: Tensor, count: int) -> Tensor:
+    """(dY^T a) at the set bits, packed [count] fp32; one block of output rows is dense at a time."""
+    a, dy, width = a.float(), dy.float(), a.shape[1]
+    # Slot `count` takes what lies outside the mask, which is how the gather does without a host sync.
+    packed = a.new_zeros(count + 1)
+    start = torch.zeros((), dtype=torch.int64, device=a.device)
+    block = max(1, BLOCK_ENTRIES // max(1, width))
+    for low in range(0, bits.shape[0], block):
+        mask = unpack_bits(bits[low : low + block], width)
+        start = scatter_packed(packed, dy[:, low : low + block].t() @ a, mask, start)
+    # Reading the count back is free on CPU only; elsewhere a wrong V is the caller's to avoid.
+    if a.device.type == "cpu" and int(start) != count:
+        raise ValueError(f"bits have {int(start)} weights in the mask, values has {count}")
+    return packed[:-1]
+
+
+@torch.library.custom_op("wise::masked_update_", mutates_args=("values", "exp_avg", "exp_avg_sq"))
+def _masked_update_(
+    values: Tensor,
+    features: Tensor,
+    dy: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    lr: float,
+    step: int,
+    optimizer: str,
+    momentum: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    clamp: float | None,
+) -> None:
+    # fp32 product: rounding the gradient to bf16 before Adam's square would lose small second moments.
+    grad = features.float().t() @ dy.float()
+    hyper = (lr, step, optimizer, momentum, beta1, beta2, eps, weight_decay, clamp)
+    _apply_step(values, grad, exp_avg, exp_avg_sq, *hyper)
+
+
+@torch.library.custom_op("wise::masked_update_element_", mutates_args=("values", "exp_avg", "exp_avg_sq"))
+def _masked_update_element_(
+    values: Tensor,
+    bits: Tensor,
+    a: Tensor,
+    dy: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    lr: float,
+    step: int,
+    optimizer: str,
+    momentum: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    clamp: float | None,
+) -> None:
+    grad = _sampled_product(bits, a, dy, values.shape[0])
+    hyper = (lr, step, optimizer, momentum, beta1, beta2, eps, weight_decay, clamp)
+    _apply_step(values, grad, exp_avg, exp_avg_sq, *hyper)
+
+
+@_masked_update_.register_fake
+@_masked_update_element_.register_fake
+def _fake(*args) -> None:
+    return None
+
+
+def _check_step(values, exp_avg, exp_avg_sq, lr, step, optimizer, momentum, betas, eps, weight_decay, clamp) -> None:
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {OPTIMIZERS}, got {optimizer!r}")
+    if step < 1 or min(lr, momentum, eps, weight_decay, 0.0 if clamp is None else clamp) < 0:
+        raise ValueError("step counts from 1; lr, momentum, eps, weight_decay and clamp must not be negative")
+    if len(betas) != 2 or not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+    needs_first = optimizer == "adam" or momentum > 0
+    for name, state, needed in (("exp_avg", exp_avg, needs_first), ("exp_avg_sq", exp_avg_sq, optimizer == "adam")):
+        if state is None and needed:
+            raise ValueError(f"{optimizer} needs {name}: pass zeros, fp32 {tuple(values.shape)}, on the first step")
+        # fp16 cannot hold a second moment, and the state is as compact as the memory.
+        if state is not None and (state.shape != values.shape or state.dtype != torch.float32):
+            raise ValueError(f"{name} must be fp32 {tuple(values.shape)}, got {state.dtype} {tuple(state.shape)}")
+
+
+def masked_update_(
+    values: Tensor,
+    features: Tensor,
+    dy: Tensor,
+    exp_avg: Tensor | None = None,
+    exp_avg_sq: Tensor | None = None,
+    *,
+    lr: float,
+    step: int = 1,
+    optimizer: str = "sgd",
+    momentum: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    clamp: float | None = None,
+) -> None:
+    """One optimiser step on a memory in the neuron layout, in place: grad = features^T dY.
+
+    SGD is torch.optim.SGD's (momentum without dampening), Adam is torch.optim.AdamW's (bias-corrected). Weight decay
+    is decoupled in both: values *= 1 - lr * weight_decay, before the step. The clamp comes last. The product and
+    the step are made in fp32 whatever the dtypes.
+
+    Args:
+        values: [K, O] floating point, changed in place.
+        features: [N, K] floating point, a_S (or a_S P for the protected update).
+        dy: [N, O] floating point, the gradient of the loss to the projection's output.
+        exp_avg: [K, O] fp32, zeros at first: the momentum buffer of SGD, the first moment of Adam. Changed in place.
+        exp_avg_sq: [K, O] fp32, zeros at first: the second moment of Adam. Changed in place.
+        lr, momentum, betas, eps, weight_decay: as in torch.optim.
+        step: number of this step, from 1.
+        optimizer: "sgd" or "adam".
+        clamp: bound on |values|, or None.
+
+    Raises ValueError for shapes, dtypes or hyperparameters other than these, or missing optimiser state.
+    """
+    matrices = values.dim() == features.dim() == dy.dim() == 2
+    if not matrices or features.shape != (dy.shape[0], values.shape[0]) or dy.shape[1] != values.shape[1]:
+        given = f"{tuple(values.shape)}, {tuple(features.shape)}, {tuple(dy.shape)}"
+        raise ValueError(f"need values [K, O], features [N, K] and dy [N, O], got {given}")
+    _check_step(values, exp_avg, exp_avg_sq, lr, step, optimizer, momentum, betas, eps, weight_decay, clamp)
+    hyper = (float(lr), step, optimizer, float(momentum), *betas, float(eps), float(weight_decay), clamp)
+    _masked_update_(values, features, dy, exp_avg, exp_avg_sq, *hyper)
+
+
+def masked_update_element_(
+    values: Tensor,
+    bits: Tensor,
+    a: Tensor,
+    dy: Tensor,
+    exp_avg: Tensor | None = None,
+    exp_avg_sq: Tensor | None = None,
+    *,
+    lr: float,
+    step: int = 1,
+    optimizer: str = "sgd",
+    momentum: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    clamp: float | None = None,
+) -> None:
+    """One optimiser step on one memory in the element layout, in place: grad = (dY^T a) at the set bits.
+
+    The optimisers are those of `masked_update_`. Only a block of output rows of dY^T a exists at a time.
+
+    Args:
+        values: [V] floating point, one to each set bit in row-major order, changed in place.
+        bits: [O, ceil(F/32)] int32, see `bits.py`.
+        a: [N, F] floating point, the input of the projection.
+        dy: [N, O] floating point, the gradient of the loss to the projection's output.
+        exp_avg, exp_avg_sq: [V] fp32 optimiser state, as for `masked_update_`. Changed in place.
+        lr, step, optimizer, momentum, betas, eps, weight_decay, clamp: as for `masked_update_`.
+
+    Raises ValueError for shapes, dtypes or hyperparameters other than these, missing optimiser state, and on CPU
+    where `bits` and `values` disagree on V.
+    """
+    if values.dim() != 1 or a.dim() != 2 or dy.dim() != 2 or a.shape[0] != dy.shape[0]:
+        given = f"{tuple(values.shape)}, {tuple(a.shape)}, {tuple(dy.shape)}"
+        raise ValueError(f"need values [V], a [N, F] and dy [N, O], got {given}")
+    shape = (dy.shape[1], words(a.shape[1]))
+    if bits.dtype != torch.int32 or tuple(bits.shape) != shape:
+        raise ValueError(f"bits must be int32 {shape}, got {bits.dtype} {tuple(bits.shape)}")
+    _check_step(values, exp_avg, exp_avg_sq, lr, step, optimizer, momentum, betas, eps, weight_decay, clamp)
+    hyper = (float(lr), step, optimizer, float(momentum), *betas, float(eps), float(weight_decay), clamp)
+    _masked_update_element_(values, bits, a, dy, exp_avg, exp_avg_sq, *hyper)

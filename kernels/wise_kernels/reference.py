@@ -1,0 +1,115 @@
+"""The definition of every op in plain fp32 PyTorch: this file is the spec, the implementations never call it. N tokens,
+F inputs and O outputs of the edited projection, J memories D_j [O, F], B sequences of T tokens (N = B T).
+"""
+
+import torch
+
+
+def dense_neuron(values, columns, offsets, width):
+    """D [J, O, F] of a bank in the neuron layout: column columns[r] of D_j is values[r], r in memory j."""
+    dense = torch.zeros(len(offsets) - 1, values.shape[1], width)
+    for j in range(len(offsets) - 1):
+        for r in range(offsets[j], offsets[j + 1]):
+            dense[j, :, columns[r]] = values[r].float()
+    return dense
+
+
+def dense_element(values, bits, offsets, width):
+    """D [J, O, F] of a bank in the element layout: set bit v (row-major) of memory j is values[offsets[j] + v]."""
+    dense = torch.zeros(bits.shape[0], bits.shape[1], width)
+    for j in range(bits.shape[0]):
+        v = offsets[j]
+        for o in range(bits.shape[1]):
+            for c in range(width):
+                if (int(bits[j, o, c // 32]) >> (c % 32)) & 1:
+                    dense[j, o, c] = values[v].float()
+                    v += 1
+    return dense
+
+
+def dual_forward(a, weight, bias, dense):
+    """y = a W^T + b, side_j = a D_j^T, norms_j = ||side_j||_2 by token (eq. 3)."""
+    a = a.float()
+    y = a @ weight.float().t()
+    if bias is not None:
+        y = y + bias.float()
+    side = torch.einsum("nf,jof->jno", a, dense)
+    return y, side, side.square().sum(-1).sqrt()
+
+
+def gated_add(y, a, dense, choice):
+    """y_n + a_n D_j^T for j = choice[n // T], y_n where the choice is -1 (eq. 6)."""
+    y = y.float().clone()
+    for n in range(y.shape[0]):
+        j = int(choice[n // (y.shape[0] // choice.shape[0])])
+        if j >= 0:
+            y[n] += dense[j] @ a[n].float()
+    return y
+
+
+def route(norms, prompt_mask, thresholds, leverage=None, floors=None, reduction="mean"):
+    """score_j = mean (max) of norms_j over a sequence's prompt; then top-1 by score_j / eps_j or by mean leverage_j."""
+    scores = torch.zeros(prompt_mask.shape[0], norms.shape[0])
+    choice = torch.full((prompt_mask.shape[0],), -1)
+    for b, mask in enumerate(prompt_mask):
+        best = float("-inf")
+        for j in range(norms.shape[0]):
+            tokens = norms[j].view(prompt_mask.shape)[b][mask].float()
+            if len(tokens):
+                scores[b, j] = tokens.mean() if reduction == "mean" else tokens.max()
+            opened = bool(scores[b, j] > thresholds[j])
+            if leverage is None:
+                if opened and scores[b, j] / thresholds[j] > best:
+                    best, choice[b] = float(scores[b, j].detach() / thresholds[j]), j
+                continue
+            share = leverage[j].view(prompt_mask.shape)[b][mask].float().mean() if len(tokens) else torch.tensor(0.0)
+            if share > best:
+                passes = opened and (floors is None or bool(share >= floors[j]))
+                best, choice[b] = float(share), j if passes else -1
+    return scores, choice
+
+
+def leverage(a, columns, offsets, factors):
+    """||a_S U_j||^2 / ||a_S||^2 = 1 - a_S P_j a_S^T / ||a_S||^2 with P_j = I - U_j U_j^T; 0 where a_S = 0."""
+    out = torch.zeros(len(offsets) - 1, a.shape[0])
+    for j in range(len(offsets) - 1):
+        rows = slice(offsets[j], offsets[j + 1])
+        for n in range(a.shape[0]):
+            active = a[n, columns[rows]].float()
+            if active.square().sum() > 0:
+                out[j, n] = (active @ factors[rows].float()).square().sum() / active.square().sum()
+    return out
+
+
+def masked_update(dense, mask, a, dy, state, lr, step, optimizer, momentum, betas, eps, weight_decay, clamp):
+    """One step on D [O, F] inside `mask`: g = M * (dY^T a), SGD or Adam, decoupled decay, clamp. state: {"m", "v"}."""
+    grad = (dy.float().t() @ a.float()) * mask
+    dense = dense.float() * (1 - lr * weight_decay)
+    if optimizer == "sgd":
+        state["m"] = momentum * state["m"] + grad
+        dense = dense - lr * state["m"]
+    else:
+        state["m"] = betas[0] * state["m"] + (1 - betas[0]) * grad
+        state["v"] = betas[1] * state["v"] + (1 - betas[1]) * grad * grad
+        first, second = state["m"] / (1 - betas[0] ** step), state["v"] / (1 - betas[1] ** step)
+        dense = dense - lr * first / (second.sqrt() + eps)
+    return dense if clamp is None else dense.clamp(-clamp, clamp)
+
+
+def ties_merge(values, index, density, weights=None):
+    """TIES (Yadav et al. 2023): trim by magnitude, elect the sign of the sum, mean over the entries that agree."""
+    union = sorted(set(torch.cat(index).tolist()))
+    weights = [1.0] * len(values) if weights is None else weights
+    stack = torch.zeros(len(values), len(union), values[0].shape[1], dtype=torch.float64)
+    for i, (shard, rows) in enumerate(zip(values, index, strict=True)):
+        if shard.numel() == 0:
+            continue
+        keep = max(1, int(density * shard.numel() + 0.5))
+        cut = shard.double().abs().flatten().sort(descending=True).values[keep - 1]
+        for row, r in zip(shard.double(), rows.tolist(), strict=True):
+            stack[i, union.index(r)] = torch.where(row.abs() >= cut, row, 0.0)
+    elected = stack.sum(0).sign()
+    agree = ((stack.sign() == elected) & (stack != 0)) * torch.tensor(weights, dtype=torch.float64)[:, None, None]
+    count = agree.sum(0)
+    merged = torch.where(count > 0, (agree * stack).sum(0) / count.clamp_min(1e-300), 0.0)
+    return merged.float(), torch.tensor(union, dtype=torch.int64)

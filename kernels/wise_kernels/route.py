@@ -1,0 +1,118 @@
+"""Routing of B sequences of T tokens to J memories from token norms [J, N], N = B T: score_j = mean (or max) of norms_j
+over the sequence's prompt tokens (eq. 3), then top-1 (eq. 6): j* = argmax_j score_j / eps_j among those above eps_j,
+or j* = argmax_j of the mean leverage, in scope when score_j* > eps_j* and leverage_j* >= floor_j*. All on the device.
+"""
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "max")
+
+
+def _reduce(tokens: Tensor, mask: Tensor, reduction: str) -> Tensor:
+    """Mean or max of tokens [J, N] over each row of mask [B, T]: [B, J] fp32, 0 where a row is empty."""
+    # where, not a product: padding may hold NaN or infinity.
+    kept = torch.where(mask, tokens.float().unflatten(1, mask.shape), 0.0)
+    if reduction == "mean":
+        return (kept.sum(-1) / mask.sum(-1).clamp_min(1)).t()
+    if mask.shape[1] == 0:
+        return kept.new_zeros(mask.shape[0], tokens.shape[0])
+    return kept.amax(-1).t()
+
+
+@torch.library.custom_op("wise::route", mutates_args=())
+def _route(
+    norms: Tensor,
+    prompt_mask: Tensor,
+    thresholds: Tensor,
+    leverage: Tensor | None,
+    floors: Tensor | None,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    scores = _reduce(norms, prompt_mask, reduction).contiguous()
+    # argmax has no answer over no memories.
+    if norms.shape[0] == 0:
+        return scores, torch.full((prompt_mask.shape[0],), -1, dtype=torch.int64, device=norms.device)
+    in_scope = scores > thresholds.float()
+    if leverage is None:
+        # Closed memories drop out first, so 0 / 0 at a zero threshold cannot win the argmax as NaN.
+        rank = torch.where(in_scope, scores / thresholds.float(), -torch.inf)
+    else:
+        # The leverage is a share: a maximum over tokens would be 1 for any prompt with one familiar token.
+        rank = _reduce(leverage, prompt_mask, "mean")
+        if floors is not None:
+            in_scope = in_scope & (rank >= floors.float())
+    best = rank.argmax(-1, keepdim=True)
+    # argmax takes the first of equals, which makes ties go to the lower index on every device.
+    return scores, torch.where(in_scope.gather(1, best), best, -1).squeeze(1)
+
+
+@_route.register_fake
+def _(norms, prompt_mask, thresholds, leverage, floors, reduction):
+    batch = prompt_mask.shape[0]
+    scores = norms.new_empty(batch, norms.shape[0], dtype=torch.float32)
+    return scores, norms.new_empty(batch, dtype=torch.int64)
+
+
+def _setup_context(ctx, inputs, output):
+    norms, prompt_mask, *_, ctx.reduction = inputs
+    ctx.save_for_backward(norms, prompt_mask, output[0])
+
+
+def _backward(ctx, grad_scores, grad_choice):
+    norms, mask, scores = ctx.saved_tensors
+    share = mask.unsqueeze(0)
+    if ctx.reduction == "max":
+        # Equal maxima share the gradient, as in torch.amax.
+        share = share & (norms.float().unflatten(1, mask.shape) == scores.t().unsqueeze(-1))
+    share = share / share.sum(-1, keepdim=True).clamp_min(1)
+    grad = (grad_scores.t().unsqueeze(-1) * share).flatten(1).to(norms.dtype)
+    return grad, None, None, None, None, None
+
+
+_route.register_autograd(_backward, setup_context=_setup_context)
+
+
+def route(
+    norms: Tensor,
+    prompt_mask: Tensor,
+    thresholds: Tensor,
+    leverage: Tensor | None = None,
+    floors: Tensor | None = None,
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor]:
+    """Score every sequence under every memory and choose at most one memory for it (eqs. 3 and 6).
+
+    The scores are differentiable in `norms` (the margins of eq. 5 are made of them); the choice is not.
+
+    Args:
+        norms: [J, N] floating point, ||a_t D_j^T||_2 by token, sequence b in columns b*T:(b+1)*T. Not negative.
+        prompt_mask: [B, T] bool, N = B T; True at prompt tokens. Padding never counts, whatever it holds.
+        thresholds: [J] eps_j >= 0. Infinity closes a memory.
+        leverage: [J, N] (see `leverage`); ranks memories by its mean over the prompt in place of score / eps.
+        floors: [J] least mean leverage at which a memory is in scope; only with `leverage`.
+        reduction: "mean" or "max", over the prompt tokens, for the score.
+
+    Returns:
+        scores [B, J] fp32 (0 for an empty prompt) and choice [B] int64, -1 for the main memory. Ties go to the lower
+        index.
+
+    Raises ValueError for shapes or dtypes other than these, floors without leverage, or an unknown reduction.
+    """
+    if norms.dim() != 2 or not norms.is_floating_point():
+        raise ValueError(f"norms must be a floating point [J, N], got {norms.dtype} {tuple(norms.shape)}")
+    memories, tokens = norms.shape
+    if prompt_mask.dim() != 2 or prompt_mask.dtype != torch.bool or prompt_mask.numel() != tokens:
+        raise ValueError(
+            f"prompt_mask must be bool [B, T] with B T = {tokens}, got {prompt_mask.dtype} {tuple(prompt_mask.shape)}"
+        )
+    for name, tensor in (("thresholds", thresholds), ("floors", floors)):
+        if tensor is not None and (tensor.dim() != 1 or tensor.shape[0] != memories):
+            raise ValueError(f"{name} must be [{memories}], got {tuple(tensor.shape)}")
+    if leverage is not None and tuple(leverage.shape) != (memories, tokens):
+        raise ValueError(f"leverage must be [{memories}, {tokens}], got {tuple(leverage.shape)}")
+    if floors is not None and leverage is None:
+        raise ValueError("floors bound the leverage: pass leverage too")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    return _route(norms, prompt_mask, thresholds, leverage, floors, reduction)

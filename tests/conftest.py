@@ -1,0 +1,20 @@
+"""What every test shares: no network, no deadlines, and GPU tests skipped where there is no GPU."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported, so before anything else
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("wise_fast", deadline=None)  # no timing assertions: machines differ
+settings.load_profile("wise_fast")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

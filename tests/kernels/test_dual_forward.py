@@ -1,0 +1,138 @@
+"""dual_forward and side_forward in both layouts against the fp32 definition, with gradients and autocast."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_banks import ELEMENT_DENSITIES, NEURON_SIZES, OUTPUTS, WIDTH, element_bank, neuron_bank, normal
+from tolerances import DTYPES, assert_within
+from torch.library import opcheck
+
+from wise_kernels import dual_forward, dual_forward_element, reference, side_forward, side_forward_element
+
+LAYOUTS = {
+    "neuron": (dual_forward, side_forward, neuron_bank, reference.dense_neuron),
+    "element": (dual_forward_element, side_forward_element, element_bank, reference.dense_element),
+}
+BANKS = [("neuron", sizes) for sizes in NEURON_SIZES] + [("element", d) for d in ELEMENT_DENSITIES]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [0, 1, 7, 63, 100])
+@pytest.mark.parametrize("layout,sizes", BANKS)
+def test_matches_the_definition(layout, sizes, tokens, dtype):
+    dual, side_only, make, dense_of = LAYOUTS[layout]
+    bank = make(sizes, dtype=dtype)
+    a, weight, bias = normal(tokens, WIDTH, dtype=dtype), normal(OUTPUTS, WIDTH, seed=5, dtype=dtype), None
+    dense = dense_of(*bank, WIDTH)
+    y_ref, side_ref, norms_ref = reference.dual_forward(a, weight, bias, dense)
+    y, side, norms = dual(a, weight, bias, *bank)
+    assert torch.equal(y, F.linear(a, weight))
+    assert side.dtype == dtype and norms.dtype == torch.float32
+    plain = torch.stack([F.linear(a, d) for d in dense.to(dtype)]) if len(sizes) else side
+    assert_within(side, plain, side_ref, dtype)
+    assert_within(norms, plain.float().norm(dim=-1), norms_ref, dtype)
+    assert_within(y, F.linear(a, weight), y_ref, dtype)
+    for other_side, other_norms in (side_only(a, *bank), dual(a, weight, bias, *bank, response=False)[1:]):
+        assert torch.equal(other_norms, norms)
+        assert other_side.shape in (side.shape, (len(sizes), 0, OUTPUTS))
+    assert side_only(a, *bank, response=False)[0].shape == (len(sizes), 0, OUTPUTS)
+
+
+@pytest.mark.parametrize("layout,sizes", [("neuron", (20, 0, 7)), ("element", (0.5, 0.0, 1.0))])
+def test_strided_activations_and_transposed_weight(layout, sizes):
+    dual, _, make, dense_of = LAYOUTS[layout]
+    bank = make(sizes)
+    a, weight, bias = normal(2 * WIDTH, 14).t()[::2, ::2], normal(WIDTH, OUTPUTS, seed=5).t(), normal(OUTPUTS, seed=6)
+    assert not a.is_contiguous() and not weight.is_contiguous()
+    y, side, norms = dual(a, weight, bias, *bank)
+    _, side_ref, norms_ref = reference.dual_forward(a, weight, bias, dense_of(*bank, WIDTH))
+    assert torch.equal(y, F.linear(a, weight, bias))
+    assert_within(side, side_ref, side_ref, torch.float32)
+    assert_within(norms, norms_ref, norms_ref, torch.float32)
+
+
+@pytest.mark.parametrize("response", [True, False])
+@pytest.mark.parametrize("layout,sizes", [("neuron", (20, 0, 7)), ("element", (0.5, 0.0, 1.0))])
+def test_gradients_match_autograd_through_the_dense_form(layout, sizes, response):
+    dual, side_only, make, dense_of = LAYOUTS[layout]
+    values, where, offsets = make(sizes)
+    leaves = [t.requires_grad_() for t in (normal(9, WIDTH), normal(OUTPUTS, WIDTH, seed=5), normal(OUTPUTS), values)]
+    a, weight, bias, values = leaves
+    dense = dense_of(values, where, offsets, WIDTH)
+    live = [j for j in range(3) if offsets[j] < offsets[j + 1]]
+
+    def loss(y, side, norms):
+        weights = normal(*norms.shape, seed=8)
+        total = (y * normal(*y.shape, seed=7)).sum() + (norms * weights)[live].sum()
+        return total + (side * normal(*side.shape, seed=9)).sum() if response else total
+
+    y, side = F.linear(a, weight, bias), torch.stack([a @ d.t() for d in dense])
+    norms = torch.stack([(s.square().sum(-1) + (j not in live)).sqrt() for j, s in enumerate(side)])
+    expected = torch.autograd.grad(loss(y, side, norms), leaves)
+    got = torch.autograd.grad(loss(*dual(a, weight, bias, values, where, offsets, response)), leaves)
+    for g, e in zip(got, expected, strict=True):
+        assert_within(g, e, e, torch.float32)
+    split = torch.autograd.grad(
+        loss(F.linear(a, weight, bias), *side_only(a, values, where, offsets, response)), leaves
+    )
+    for g, e in zip(split, expected, strict=True):
+        assert_within(g, e, e, torch.float32)
+
+
+@pytest.mark.parametrize("layout,sizes", [("neuron", (20, 7)), ("element", (0.5, 0.2))])
+def test_opcheck_and_compile(layout, sizes):
+    dual, side_only, make, _ = LAYOUTS[layout]
+    values, where, offsets = make(sizes)
+    a, weight, bias = normal(5, WIDTH), normal(OUTPUTS, WIDTH, seed=5), normal(OUTPUTS)
+    suffix = "" if layout == "neuron" else "_element"
+    grads = [t.clone().requires_grad_() for t in (a, weight, values)]
+    op = getattr(torch.ops.wise, "dual_forward" + suffix).default
+    opcheck(op, (grads[0], grads[1], bias, grads[2], where, offsets, True))
+    opcheck(
+        getattr(torch.ops.wise, "side_forward" + suffix).default,
+        (a.t().contiguous().t(), values, where, offsets, False),
+    )
+
+    def step(a, weight, bias, values):
+        return *dual(a, weight, bias, values, where, offsets), *side_only(a, values, where, offsets)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(a, weight, bias, values), step(a, weight, bias, values), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_autocast_gives_the_dtype_that_linear_gives():
+    values, columns, offsets = neuron_bank((5,))
+    a, weight = normal(4, WIDTH), normal(OUTPUTS, WIDTH, seed=5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, side, norms = dual_forward(a, weight, None, values, columns, offsets)
+        assert torch.equal(y, F.linear(a, weight))
+    assert y.dtype == side.dtype == torch.bfloat16 and norms.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"a": torch.zeros(2, 3, WIDTH)}, "flatten batch and time"),
+        ({"weight": torch.zeros(WIDTH, OUTPUTS)}, "Conv1D"),
+        ({"weight": torch.zeros(OUTPUTS + 1, WIDTH)}, "outputs"),
+        ({"bias": torch.zeros(1)}, "bias must be"),
+        ({"values": torch.zeros(5, OUTPUTS, dtype=torch.float16)}, "values must be"),
+        ({"columns": torch.zeros(5)}, "columns must be int64"),
+        ({"offsets": [0, 4]}, "from 0 to the 5 rows"),
+        ({"offsets": [0, 6, 5]}, "must not decrease"),
+        ({"offsets": torch.tensor([0, 5])}, "python ints"),
+    ],
+)
+def test_errors(change, message):
+    values, columns, offsets = neuron_bank((5,))
+    arguments = {"a": normal(2, WIDTH), "weight": normal(OUTPUTS, WIDTH), "bias": None, "values": values}
+    arguments |= {"columns": columns, "offsets": offsets} | change
+    with pytest.raises(ValueError, match=message):
+        dual_forward(**arguments)
+
+
+def test_errors_of_the_element_layout():
+    values, bits, offsets = element_bank((0.2,))
+    with pytest.raises(ValueError, match="bits must be int32"):
+        side_forward_element(normal(2, WIDTH + 32), values, bits, offsets)

@@ -1,0 +1,70 @@
+"""dual_forward, route and gated_add_ in a row, as a served FFN calls them: one graph, exportable, trainable."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_banks import OUTPUTS, WIDTH, element_bank, neuron_bank, normal
+
+from wise_kernels import dual_forward, dual_forward_element, gated_add_, gated_add_element_, route
+
+LAYOUTS = {
+    "neuron": (dual_forward, gated_add_, neuron_bank, (20, 7)),
+    "element": (dual_forward_element, gated_add_element_, element_bank, (0.3, 0.2)),
+}
+WEIGHT = normal(OUTPUTS, WIDTH, seed=5)
+
+
+class Served(torch.nn.Module):
+    def __init__(self, layout):
+        super().__init__()
+        self.dual, self.add, make, sizes = LAYOUTS[layout]
+        values, self.where, self.offsets = make(sizes)
+        self.values = torch.nn.Parameter(values)
+
+    def forward(self, a, mask, thresholds):
+        y, side, norms = self.dual(a, WEIGHT, None, self.values, self.where, self.offsets)
+        scores, choice = route(norms, mask, thresholds)
+        self.add(y, a, self.values, self.where, self.offsets, choice, side)
+        return y, scores, choice
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_one_graph_serves_every_length(layout):
+    served, thresholds = Served(layout), torch.tensor([4.0, 4.0])
+    torch._dynamo.reset()
+    compiled = torch.compile(served, fullgraph=True, backend="aot_eager", dynamic=True)
+    for stance, tokens in (("default", 6), ("fail_on_recompile", 11)):
+        a, mask = normal(2 * tokens, WIDTH), torch.ones(2, tokens, dtype=torch.bool)
+        with torch.compiler.set_stance(stance):
+            got = compiled(a, mask, thresholds)
+        for g, e in zip(got, served(a, mask, thresholds), strict=True):
+            assert torch.equal(g, e)
+    exported = torch.export.export(served, (a, mask, thresholds)).module()
+    assert torch.equal(exported(a, mask, thresholds)[0], got[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_out_of_scope_is_the_unedited_model(layout):
+    a, mask = normal(12, WIDTH), torch.ones(2, 6, dtype=torch.bool)
+    with torch.no_grad():
+        y, scores, choice = Served(layout)(a, mask, torch.full((2,), float("inf")))
+    assert torch.equal(y, F.linear(a, WEIGHT)) and (choice == -1).all() and (scores > 0).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_compile(layout):
+    served, a, mask = Served(layout), normal(12, WIDTH), torch.ones(2, 6, dtype=torch.bool)
+
+    def loss(a):
+        y, scores, _ = served(a, mask, torch.tensor([0.0, 0.0]))
+        return y.square().sum() + scores.sum()
+
+    leaves = [a.requires_grad_(), served.values]
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(
+        torch.autograd.grad(compiled(a), leaves), torch.autograd.grad(loss(a), leaves), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        assert got.any()

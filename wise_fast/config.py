@@ -1,0 +1,160 @@
+"""Settings of an editor: one dataclass, plain JSON types, checked when made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
+
+from wise_fast.errors import ConfigError
+
+_CHOICES = {
+    "layout": ("neuron", "element"),
+    "optimizer": ("adam", "sgd"),
+    "mode": ("retrieve", "merge"),
+    "route_by": ("leverage", "score"),
+    "reduction": ("mean", "max"),
+    "stop": ("auto", "eos", "newline", "none"),
+    "units": ("relative", "absolute"),
+}
+
+
+@dataclass(frozen=True)
+class WiseConfig:
+    """Hyper-parameters of WISE. `WiseConfig()` works on any supported model; `paper()` keeps the paper's values.
+
+    Attributes:
+        layer: decoder layer to edit; None takes the one three quarters of the way up.
+        layout: "neuron" (a random subset of the d_ff inputs) or "element" (a random subset of the weights).
+        mask_ratio: rho, share of the columns or weights that a shard may write.
+        optimizer: "adam", or the paper's "sgd".
+        lr: learning rate. With relative units, the size of one step's change of the projection's output in `unit`s.
+        momentum, weight_decay, clamp: of the masked update; decay and clamp act on the delta alone.
+        max_steps: an edit that does not fit within so many steps is reported as failed.
+        min_steps: steps before an edit may stop.
+        nll: an edit stops once its target's mean token NLL, over prompt and prefixed prompts, is at most this; 0
+            never stops early (a fixed number of steps, as in the paper).
+        prefixes, prefix_tokens: augmentation texts that the model generates itself, and their length.
+        prefixes_per_step: how many of them each step draws beside the bare prompt.
+        alpha, beta, gamma: margins of eq. 5 on the routing score.
+        units: "relative" takes margins and lr in units of the mean norm of the main memory's own response, which
+            calibrates them to the model; "absolute" takes them as they are.
+        act_ratio: a memory's threshold is this share of the least score among its edits.
+        protect: protected update (DESIGN section 2), neuron layout only.
+        protect_lambda: its lambda, in units of the edit's own mean a P a^T.
+        protect_irrelevant: weight of sampled irrelevant activations in the protected covariance.
+        shard_size: edits in a shard before the next opens; None fills one shard.
+        shards: shards that are merged into one memory (mode "merge").
+        mode: "retrieve" keeps a bank of memories, "merge" TIES-merges them.
+        density: share of entries that TIES keeps.
+        route_by: which memory answers: the largest "leverage" or the paper's largest "score" over threshold.
+        reduction: of a prompt's token scores: "mean" or "max".
+        stop: which token ends an answer and is trained after the target: "eos", "newline", "none", or "auto".
+        batch_size: edits trained together.
+        undo_depth: batches that `rollback` can take back without a checkpoint.
+        seed: of masks, prefixes and the order of augmentations.
+    """
+
+    layer: int | None = None
+    layout: str = "neuron"
+    mask_ratio: float = 0.6
+    optimizer: str = "adam"
+    lr: float = 8.0
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    clamp: float | None = None
+    max_steps: int = 40
+    min_steps: int = 3
+    nll: float = 0.05
+    prefixes: int = 5
+    prefix_tokens: int = 10
+    prefixes_per_step: int = 2
+    alpha: float = 5.0
+    beta: float = 20.0
+    gamma: float = 10.0
+    units: str = "relative"
+    act_ratio: float = 0.8
+    protect: bool = True
+    protect_lambda: float = 1.0
+    protect_irrelevant: float = 0.0
+    shard_size: int | None = None
+    shards: int = 2
+    mode: str = "retrieve"
+    density: float = 0.5
+    route_by: str = "leverage"
+    reduction: str = "mean"
+    stop: str = "auto"
+    batch_size: int = 8
+    undo_depth: int = 16
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        for name in ("mask_ratio", "density", "act_ratio"):
+            self._require(name, lambda v: 0 < v <= 1, "above 0 and at most 1")
+        for name in ("lr", "protect_lambda"):
+            self._require(name, lambda v: v > 0, "above 0")
+        for name in ("alpha", "beta", "gamma", "nll", "momentum", "weight_decay", "protect_irrelevant"):
+            self._require(name, lambda v: v >= 0, "at least 0")
+        for name in ("max_steps", "min_steps", "shards", "batch_size", "prefix_tokens"):
+            self._require(name, lambda v: isinstance(v, int) and v >= 1, "a whole number from 1")
+        for name in ("prefixes", "prefixes_per_step", "undo_depth", "seed"):
+            self._require(name, lambda v: isinstance(v, int) and v >= 0, "a whole number from 0")
+        if self.shard_size is not None:
+            self._require("shard_size", lambda v: isinstance(v, int) and v >= 1, "None or a whole number from 1")
+        if self.clamp is not None:
+            self._require("clamp", lambda v: v > 0, "None or above 0")
+        if self.layer is not None:
+            self._require("layer", lambda v: isinstance(v, int), "None or a whole number")
+        if self.mode == "merge" and self.shard_size is None:
+            raise ConfigError("mode 'merge' needs shard_size: after how many edits a shard closes")
+
+    def _require(self, name: str, holds, expected: str) -> None:
+        value = getattr(self, name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or not holds(value):
+            raise ConfigError(f"{name} is {value!r}, expected {expected}")
+
+    @classmethod
+    def paper(cls, **changes) -> WiseConfig:
+        """The paper's hyper-parameters (WISE, section 4.1 and appendix A), for comparison."""
+        values = dict(
+            layout="element",
+            mask_ratio=0.2,
+            optimizer="sgd",
+            lr=1.0,
+            max_steps=70,
+            nll=0.0,
+            prefixes=10,
+            prefixes_per_step=10,
+            alpha=5.0,
+            beta=20.0,
+            gamma=10.0,
+            units="absolute",
+            act_ratio=1.0,
+            protect=False,
+            route_by="score",
+            stop="none",
+            batch_size=1,
+        )
+        return cls(**(values | changes))
+
+    def replace(self, **changes) -> WiseConfig:
+        """A copy with some values changed."""
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> WiseConfig:
+        """Read a dict of settings; an unknown name is a ConfigError that suggests the nearest."""
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                near = get_close_matches(name, known, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+                raise ConfigError(f"unknown setting {name!r}{hint}")
+        return cls(**values)

@@ -1,0 +1,352 @@
+"""`WiseEditor`: lifelong editing of a causal LM through one object."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from wise_fast import merging, objective, protection, tokens, training
+from wise_fast.architectures import find_architecture
+from wise_fast.augment import sample_texts
+from wise_fast.config import WiseConfig
+from wise_fast.data import Edit, as_edits, deduplicate
+from wise_fast.errors import ConfigError, EditDataError, WiseError
+from wise_fast.ffn import DualMemoryLinear
+from wise_fast.memory import Bank, SideMemory
+from wise_fast.routing import Routing
+from wise_fast.state import EditorState, EditReport, Shard
+from wise_fast.tail import Tail
+
+logger = logging.getLogger(__name__)
+
+_QUIET_TEXTS, _QUIET_TOKENS = 16, 24
+_UNIT_SHARE = 0.5
+
+
+class WiseEditor:
+    """Edits a Hugging Face causal LM in place; the model stays usable through `model(...)` and `model.generate`.
+
+    Args:
+        model: a decoder-only causal LM (see `wise_fast.architectures.SUPPORTED`).
+        tokenizer: its tokenizer; a pad token is not needed.
+        config: `WiseConfig()` when None.
+
+    Raises:
+        UnsupportedModelError: the model's structure cannot be edited.
+        ConfigError: a setting does not fit the model, or the model has an editor already.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, config: WiseConfig | None = None):
+        self.model, self.tokenizer = model, tokenizer
+        self.config = WiseConfig() if config is None else config
+        if any(isinstance(m, DualMemoryLinear) for m in model.modules()):
+            raise ConfigError("the model has side memories already; unload() the editor that put them there first")
+        self.stop = tokens.stop_token(tokenizer, self.config.stop)
+        self.architecture = find_architecture(model, self.config.layer)
+        self.tail = Tail(model, self.architecture)
+        self.routing = Routing()
+        self._undo: list[EditorState] = []
+        self._checkpoints: dict[str, EditorState] = {}
+        self._attach()
+        self._set_state(EditorState())
+
+    # -- editing ------------------------------------------------------------------------------------------------
+
+    def edit(self, edits: Edit | dict | Iterable[Edit | dict], progress: bool = False) -> list[EditReport]:
+        """Teach facts, `config.batch_size` at a time.
+
+        All edits are checked before any is learned. A batch is one transaction: an interrupt leaves no trace of the
+        batch it fell into, an edit whose loss is not finite is taken back alone. Batches before it stay.
+
+        Args:
+            edits: `Edit`s or dicts of any known format; of edits with the same prompt the last one counts.
+            progress: show a progress bar with the time left (needs the `cli` extra).
+
+        Returns:
+            One report per edit given, in order.
+
+        Raises:
+            EditDataError: an edit is unusable, does not fit the context, or tokenizes to nothing.
+        """
+        given = as_edits(edits)
+        kept, superseded = deduplicate(given)
+        examples = self._examples(kept)
+        reports: dict[int, EditReport] = {
+            s.position: EditReport(s.edit, note=_superseded(f"edit {s.by_position + 1} of this call", s.contradicting))
+            for s in superseded
+        }
+        places = [i for i in range(len(given)) if i not in reports]
+        with _progress(progress, len(kept)) as advance:
+            first = 0
+            while first < len(kept):
+                state = self._open_shard(self._state)
+                count = min(self.config.batch_size, len(kept) - first, self._room(state))
+                rows = slice(first, first + count)
+                state, batch = self._edit_batch(state, kept[rows], examples[rows])
+                self._commit(state)
+                reports.update(zip(places[rows], batch, strict=True))
+                first += count
+                advance(count)
+        return [reports[i] for i in range(len(given))]
+
+    def _examples(self, edits: Sequence[Edit]) -> list[list[tokens.Example]]:
+        rows = []
+        for number, edit in enumerate(edits, 1):
+            texts = [edit.prompt, *(f"{prefix}. {edit.prompt}" for prefix in self.prefixes)]
+            made = [tokens.encode_target(self.tokenizer, text, edit.target) for text in texts]
+            stop = () if self.stop is None else (self.stop,)
+            made = [tokens.Example(row.prompt, row.target + stop) for row in made]
+            longest, context = max(len(r.prompt) + len(r.target) for r in made), self.architecture.context
+            if context is not None and longest > context:
+                raise EditDataError(
+                    f"edit {number} ({edit.prompt[:60]!r}) has {longest} tokens with its target and prefix, but the "
+                    f"model's context is {context}; shorten it"
+                )
+            rows.append(made)
+        return rows
+
+    def _open_shard(self, state: EditorState) -> EditorState:
+        """The state with an open shard that has room, closing and merging full ones."""
+        if state.shard is not None and self._room(state) > 0:
+            return state
+        if state.shard is not None:
+            state = merging.close_shard(state, self.config)
+        generator = torch.Generator().manual_seed(_seed(self.config.seed, "mask", state.opened))
+        shape = (self.architecture.d_out, self.architecture.d_ff)
+        memory = SideMemory.blank(self.config.layout, shape, self.config.mask_ratio, generator, self.device)
+        protect = self.config.protect and memory.layout == "neuron"
+        p = protection.identity(memory.values.shape[0], self.device) if protect else None
+        return state.replace(shard=Shard(memory, p), opened=state.opened + 1)
+
+    def _room(self, state: EditorState) -> int:
+        if self.config.shard_size is None or state.shard is None:
+            return self.config.batch_size
+        return self.config.shard_size - len(state.shard.memory.edits)
+
+    def _edit_batch(self, state: EditorState, edits: Sequence[Edit], examples: Sequence) -> tuple:
+        """(state with the batch learned, reports). Edits that diverge are left out and reported."""
+        start = time.perf_counter()
+        alive = list(range(len(edits)))
+        fit = trainer = None
+        while alive and fit is None:
+            trainer = training.Trainer(
+                self.tail,
+                state.shard.memory,
+                state.shard.p,
+                [examples[i] for i in alive],
+                self._quiet_texts([edits[i] for i in alive]),
+                self.config,
+                self.unit,
+                torch.Generator().manual_seed(_seed(self.config.seed, "draw", len(state.reports))),
+                tokens.pad_token(self.tokenizer),
+            )
+            try:
+                fit = trainer.run()
+            except training.EditDiverged as error:
+                logger.warning("edit %r diverged and is left out", edits[alive[error.edit]].prompt)
+                del alive[error.edit]
+        reports = [EditReport(edit, note="diverged: its loss was not finite; taken back") for edit in edits]
+        if fit is not None:
+            for place, i in enumerate(alive):
+                reports[i] = EditReport(edits[i], fit.steps[place], fit.first[place], fit.last[place], note="")
+            state = self._learned(state, fit, [reports[i] for i in alive])
+            for place, i in enumerate(alive):
+                reports[i] = state.reports[len(state.reports) - len(alive) + place]
+        seconds = (time.perf_counter() - start) / len(edits)
+        reports = [r.replace(seconds=seconds) for r in reports]
+        if fit is not None:
+            held = [reports[i] for i in alive]
+            state = state.replace(reports=state.reports[: len(state.reports) - len(alive)] + tuple(held))
+        return state, reports
+
+    def _learned(self, state: EditorState, fit: training.Fit, reports: list[EditReport]) -> EditorState:
+        shard, first = state.shard, len(state.reports)
+        memory = shard.memory.replace(
+            values=fit.values, edits=shard.memory.edits + tuple(range(first, first + len(reports)))
+        )
+        fine = [(first + i, key) for i, key in enumerate(fit.keys) if fit.success[i]]
+        prompts = {r.edit.prompt for r in reports}
+        stale = {i for i, r in enumerate(state.reports) if r.edit.prompt in prompts}
+        keys = tuple(k for k in shard.keys if k[0] not in stale) + tuple(fine)
+        memory = memory.replace(threshold=self._threshold(memory, keys))
+        p = None if shard.p is None else protection.absorb(shard.p, fit.taught, self.config.protect_lambda)
+        old = [r.replace(note="superseded by a later edit") if i in stale else r for i, r in enumerate(state.reports)]
+        new = [
+            r.replace(success=fit.success[i], score=self._score(memory, fit.keys[i])) for i, r in enumerate(reports)
+        ]
+        return state.replace(shard=Shard(memory, p, keys), reports=tuple(old) + tuple(new))
+
+    def _score(self, memory: SideMemory, key: Tensor) -> float:
+        mask = torch.ones(1, key.shape[0], dtype=torch.bool, device=key.device)
+        return float(objective.scores(memory.respond(key), mask, self.config.reduction))
+
+    def _threshold(self, memory: SideMemory, keys: Sequence[tuple[int, Tensor]]) -> float:
+        """`act_ratio * min score` over the edits that hold; failed ones do not drag it down (DESIGN section 2)."""
+        if not keys:
+            return memory.threshold
+        return self.config.act_ratio * min(self._score(memory, key) for _, key in keys)
+
+    # -- what the model itself is asked once --------------------------------------------------------------------
+
+    @functools.cached_property
+    def prefixes(self) -> list[str]:
+        """Augmentation texts, sampled from the model with the config's seed."""
+        generator = torch.Generator().manual_seed(_seed(self.config.seed, "prefix", 0))
+        with self.disabled():
+            return sample_texts(
+                self.model, self.tokenizer, self.config.prefixes, self.config.prefix_tokens, generator
+            )
+
+    @functools.cached_property
+    def _quiet_pool(self) -> training.Texts:
+        generator = torch.Generator().manual_seed(_seed(self.config.seed, "quiet", 0))
+        with self.disabled():
+            texts = sample_texts(self.model, self.tokenizer, _QUIET_TEXTS, _QUIET_TOKENS, generator)
+        return self._texts([text for text in texts if text.strip()])
+
+    @functools.cached_property
+    def unit(self) -> float:
+        """What margins and learning rate are measured in: a share of the main memory's own mean response norm."""
+        if self.config.units == "absolute":
+            return 1.0
+        projection = self.projection.base_layer
+        return _UNIT_SHARE * float(projection(self._quiet_pool.a.to(projection.weight.dtype)).float().norm(dim=-1).median())
+
+    def _quiet_texts(self, edits: Sequence[Edit]) -> training.Texts:
+        texts = [edit.irrelevant for edit in edits if edit.irrelevant]
+        return self._quiet_pool.join(self._texts(texts)) if texts else self._quiet_pool
+
+    def _texts(self, texts: Sequence[str]) -> training.Texts:
+        rows = [tokens.Example(tokens.encode(self.tokenizer, text)[: self.architecture.context], ()) for text in texts]
+        batch = tokens.collate(rows, tokens.pad_token(self.tokenizer), self.device)
+        capture = self.tail.capture(batch.input_ids, batch.attention_mask)
+        mask = batch.prompt_mask.flatten()
+        text = torch.arange(len(rows), device=self.device)[:, None].expand_as(batch.prompt_mask).flatten()
+        return training.Texts(capture.a[mask], text[mask], len(rows))
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    @property
+    def edits(self) -> list[EditReport]:
+        """Reports of the edits the model holds, in order."""
+        return list(self._state.reports)
+
+    @property
+    def memories(self) -> list[SideMemory]:
+        """Side memories being served."""
+        return self._state.memories
+
+    @property
+    def projection(self) -> DualMemoryLinear:
+        """The drop-in module."""
+        return self.model.get_submodule(self.architecture.projection)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the edited projection lives."""
+        return self.projection.weight.device
+
+    def _set_state(self, state: EditorState) -> None:
+        bank = Bank.pack(state.memories, self.projection.weight.dtype, self.config.route_by)
+        self.projection.set_bank(bank)
+        self._state = state
+
+    def _commit(self, state: EditorState) -> None:
+        before = self._state
+        self._set_state(state)
+        self._undo = [*self._undo, before][-self.config.undo_depth :] if self.config.undo_depth else []
+
+    def checkpoint(self, name: str) -> None:
+        """Keep the present state under a name, for `rollback(name)`."""
+        self._checkpoints[name] = self._state
+
+    def rollback(self, to: int | str = 1) -> None:
+        """Take back the last `to` edits, or everything since the checkpoint named `to`.
+
+        Raises:
+            WiseError: there is no such checkpoint, or no state from just that many edits ago is kept.
+        """
+        if isinstance(to, str):
+            if to not in self._checkpoints:
+                known = ", ".join(sorted(self._checkpoints)) or "none"
+                raise WiseError(f"no checkpoint {to!r}; there are: {known}")
+            self._set_state(self._checkpoints[to])
+            self._undo = []
+            return
+        target = len(self._state.reports) - to
+        for place in range(len(self._undo) - 1, -1, -1):
+            if len(self._undo[place].reports) == target:
+                self._set_state(self._undo[place])
+                self._undo = self._undo[:place]
+                return
+        reachable = sorted({len(self._state.reports) - len(s.reports) for s in self._undo})
+        raise WiseError(
+            f"cannot take back {to} edits; states are kept from {reachable or 'no'} edits ago. Edits of one batch go "
+            "together: use batch_size=1, a larger undo_depth, or checkpoint(name)"
+        )
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Serve the unedited model inside the block."""
+        with self.routing.disabled():
+            yield
+
+    # -- attaching ----------------------------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        parent, attribute = self.architecture.holder
+        holder = self.model.get_submodule(parent)
+        setattr(holder, attribute, DualMemoryLinear(getattr(holder, attribute), self.routing, self.config.reduction))
+        self.routing.attach(self.model.get_submodule(self.architecture.decoder))
+        self.model.generate = _Generation(self.model, self.routing).generate
+
+    def unload(self) -> nn.Module:
+        """Put the original projection object back and return the model, as it was before this editor."""
+        parent, attribute = self.architecture.holder
+        setattr(self.model.get_submodule(parent), attribute, self.projection.base_layer)
+        self.routing.detach()
+        del self.model.generate
+        return self.model
+
+
+class _Generation:
+    """`model.generate` that tells the routing where a generation begins; a method, so that deepcopy follows it."""
+
+    def __init__(self, model: nn.Module, routing: Routing):
+        self.model, self.routing = model, routing
+
+    def generate(self, *args, **kwargs):
+        with self.routing.generation():
+            return type(self.model).generate(self.model, *args, **kwargs)
+
+
+def _seed(*parts) -> int:
+    """A stable 63-bit seed from a config's seed, a purpose and a counter."""
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def _superseded(by: str, contradicting: bool) -> str:
+    return f"superseded by {by}" + (", which contradicts it" if contradicting else ", a duplicate")
+
+
+@contextmanager
+def _progress(show: bool, total: int) -> Iterator:
+    if not show:
+        yield lambda count: None
+        return
+    try:
+        from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+    except ImportError as error:
+        raise WiseError("progress=True needs rich: pip install 'wise_fast[cli]'") from error
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task("editing", total=total)
+        yield lambda count: bar.advance(task, count)

@@ -1,0 +1,165 @@
+"""The drop-in module: an FFN's value projection with side memories beside it (paper, eq. 3 to 6)."""
+
+from __future__ import annotations
+
+import torch
+import wise_kernels as kernels
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from wise_fast.architectures import linear_shape, linear_weight
+from wise_fast.errors import UnsupportedModelError
+from wise_fast.memory import Bank
+from wise_fast.routing import Routing
+
+_BUFFERS = ("values", "index", "bounds", "thresholds", "factors")
+
+
+class DualMemoryLinear(nn.Module):
+    """Main memory (the original projection) and a bank of side memories behind one `forward`.
+
+    `forward(a)` takes [..., d_ff] and returns [..., d_out]: per sequence, the main memory's output if every score is
+    at most its threshold, else that plus the side response of one memory (eq. 6). With an empty bank the original
+    module runs alone and the output is bit-identical to its.
+
+    Args:
+        base_layer: the `nn.Linear` or `Conv1D` to wrap; it is kept as is.
+        routing: context that knows prompts and caches; a fresh one treats every token as prompt.
+        reduction: of token scores, "mean" or "max".
+
+    Raises:
+        UnsupportedModelError: `base_layer` is neither, or not in floating point.
+    """
+
+    def __init__(self, base_layer: nn.Module, routing: Routing | None = None, reduction: str = "mean"):
+        super().__init__()
+        if not isinstance(base_layer, (nn.Linear, Conv1D)) or not base_layer.weight.is_floating_point():
+            raise UnsupportedModelError(
+                f"a {type(base_layer).__name__} cannot be wrapped; expected nn.Linear or Conv1D in floating point"
+            )
+        self.base_layer = base_layer
+        self.routing = Routing() if routing is None else routing
+        self.reduction = reduction
+        self.in_features, self.out_features = linear_shape(base_layer)
+        self.offsets: tuple[int, ...] = (0,)
+        for name in _BUFFERS:
+            self.register_buffer(name, None)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    @property
+    def layout(self) -> str:
+        """Mask layout of the bank: element bits are [J, d_out, words], neuron columns [K]."""
+        return "element" if self.index is not None and self.index.ndim == 3 else "neuron"
+
+    @property
+    def memories(self) -> int:
+        """Number of side memories being served."""
+        return len(self.offsets) - 1
+
+    def set_bank(self, bank: Bank | None) -> None:
+        """Serve `bank` from now on; None serves the main memory alone."""
+        device = self.base_layer.weight.device
+        self.offsets = (0,) if bank is None else bank.offsets
+        for name in _BUFFERS:
+            value = None if bank is None else getattr(bank, name)
+            setattr(self, name, None if value is None else value.to(device))
+
+    def forward(self, a: Tensor) -> Tensor:
+        if self.memories == 0 or not self.routing.enabled:
+            return self.base_layer(a)
+        flat = a.reshape(-1, self.in_features)
+        held = self.routing.held
+        y, side, choice = self._prefill(a, flat) if held is None else (self.base_layer(flat), None, held)
+        add = kernels.gated_add_ if self.layout == "neuron" else kernels.gated_add_element_
+        add(y, flat, self.values, self.index, self.offsets, choice, side)
+        return y.view(*a.shape[:-1], self.out_features)
+
+    def _prefill(self, a: Tensor, flat: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        forward = kernels.dual_forward if self.layout == "neuron" else kernels.dual_forward_element
+        one = self.memories == 1
+        weight = linear_weight(self.base_layer)
+        y, side, norms = forward(flat, weight, self.bias, self.values, self.index, self.offsets, response=one)
+        leverage = None
+        if self.factors is not None:
+            leverage = kernels.leverage(flat, self.index, self.offsets, self.factors)
+        mask = self.routing.mask
+        if mask is None:
+            batch = a.shape[0] if a.ndim > 2 else 1
+            mask = torch.ones(batch, flat.shape[0] // max(batch, 1), dtype=torch.bool, device=a.device)
+        scores, choice = kernels.route(norms, mask, self.thresholds, leverage, reduction=self.reduction)
+        self.routing.scores, self.routing.choice = scores, choice
+        return y, side if one else None, choice
+
+    def _apply(self, fn, recurse: bool = True):
+        exact = self.thresholds, self.factors
+        super()._apply(fn, recurse)
+        # A dtype cast must not round what decides the routing.
+        for name, value in zip(("thresholds", "factors"), exact, strict=True):
+            if value is not None and not value.is_meta:
+                setattr(self, name, value.to(getattr(self, name).device))
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name in _BUFFERS:  # a bank's size is part of its state
+            value = state_dict.get(prefix + name)
+            device = self.base_layer.weight.device
+            setattr(self, name, None if value is None else torch.empty_like(value, device=device))
+        bounds = state_dict.get(prefix + "bounds")
+        self.offsets = (0,) if bounds is None else tuple(bounds.tolist())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"d_ff={self.in_features}, d_out={self.out_features}, memories={self.memories}, layout={self.layout}"
+
+
+class DualMemoryFFN(nn.Module):
+    """A whole FFN whose value projection has side memories; calls and returns what the FFN did.
+
+    Attributes:
+        mlp: the wrapped FFN; its projection is a `DualMemoryLinear` until `restore`.
+        projection: that module.
+    """
+
+    def __init__(self, mlp: nn.Module, name: str, routing: Routing | None = None, reduction: str = "mean"):
+        super().__init__()
+        self.mlp = mlp
+        self._name = name
+        parent, _, attribute = name.rpartition(".")
+        setattr(mlp.get_submodule(parent), attribute, DualMemoryLinear(mlp.get_submodule(name), routing, reduction))
+
+    @classmethod
+    def from_mlp(
+        cls, mlp: nn.Module, projection: str | None = None, routing: Routing | None = None, reduction: str = "mean"
+    ) -> DualMemoryFFN:
+        """Wrap an FFN in place. `projection` names its value projection; None takes its last linear map.
+
+        Raises:
+            UnsupportedModelError: there is no such linear map.
+        """
+        linear = [n for n, m in mlp.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+        name = projection or (linear[-1] if linear else None)
+        if name not in linear:
+            raise UnsupportedModelError(
+                f"{type(mlp).__name__} has no linear map {name!r} to wrap; it has: {', '.join(linear) or 'none'}"
+            )
+        return cls(mlp, name, routing, reduction)
+
+    @property
+    def projection(self) -> DualMemoryLinear:
+        return self.mlp.get_submodule(self._name)
+
+    def restore(self) -> nn.Module:
+        """Put the original projection object back and return the original FFN."""
+        parent, _, attribute = self._name.rpartition(".")
+        setattr(self.mlp.get_submodule(parent), attribute, self.projection.base_layer)
+        return self.mlp
+
+    def forward(self, *args, **kwargs):
+        return self.mlp(*args, **kwargs)

@@ -1,0 +1,130 @@
+"""Side memories: compact deltas of the value projection, in one of two mask layouts with one interface.
+
+A memory is `W'_j = W + D_j` with `D_j` zero outside its mask (DESIGN section 2). Only the masked values exist. In the
+"neuron" layout the mask is a subset S of the d_ff inputs and `values` is `D_S^T`, [|S|, d_out]; in the "element"
+layout it is a bit per weight and `values` packs the weights row by row, [nnz].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import wise_kernels as kernels
+from torch import Tensor
+
+from wise_fast.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SideMemory:
+    """One side memory as a value: editing makes a new one, so old states can be kept and restored.
+
+    Attributes:
+        layout: "neuron" or "element".
+        values: fp32, [K, d_out] (neuron) or [nnz] (element).
+        index: [K] int64 sorted columns (neuron), or [d_out, ceil(d_ff/32)] int32 mask bits (element).
+        shape: (d_out, d_ff) of the projection.
+        threshold: eps of the routing rule, in score units; infinite while the memory holds no edit.
+        factor: [K, r] fp32 thin factor of what it has been taught, for leverage; None in the element layout.
+        edits: indices of the edits it holds, in the editor's order.
+    """
+
+    layout: str
+    values: Tensor
+    index: Tensor
+    shape: tuple[int, int]
+    threshold: float = float("inf")
+    factor: Tensor | None = None
+    edits: tuple[int, ...] = ()
+
+    @classmethod
+    def blank(cls, layout: str, shape: tuple[int, int], ratio: float, generator: torch.Generator, device) -> SideMemory:
+        """A memory of zeros under a random mask of density `ratio` (Theorem 2.1), drawn from `generator` (CPU)."""
+        d_out, d_ff = shape
+        if layout == "neuron":
+            count = max(1, round(ratio * d_ff))
+            index = torch.randperm(d_ff, generator=generator)[:count].sort().values
+            values = torch.zeros(count, d_out)
+        else:
+            mask = torch.rand(d_out, d_ff, generator=generator) < ratio
+            index, values = kernels.pack_bits(mask), torch.zeros(int(mask.sum()))
+        return cls(layout, values.to(device), index.to(device), (d_out, d_ff))
+
+    def select(self, a: Tensor) -> Tensor:
+        """The part of activations that the memory reads, fp32: [N, K] (neuron) or [N, d_ff] (element)."""
+        return (a[:, self.index] if self.layout == "neuron" else a).float()
+
+    def respond(self, selected: Tensor, values: Tensor | None = None) -> Tensor:
+        """Side response `a D^T`, [N, d_out] fp32, of activations from `select`; `values` stand in for the memory's."""
+        values = self.values if values is None else values
+        if self.layout == "neuron":
+            return selected @ values
+        side, _ = kernels.side_forward_element(selected, values, self.index[None], (0, values.numel()))
+        return side[0]
+
+    def dense(self) -> Tensor:
+        """`D` as [d_out, d_ff], for export and tests."""
+        if self.layout == "neuron":
+            out = self.values.new_zeros(self.shape[1], self.shape[0])
+            out[self.index] = self.values
+            return out.t()
+        out = self.values.new_zeros(self.shape)
+        out[kernels.unpack_bits(self.index, self.shape[1])] = self.values
+        return out
+
+    def replace(self, **changes) -> SideMemory:
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Side memories packed for serving: the arguments of the `wise_kernels` ops.
+
+    Attributes:
+        values, index: concatenated over memories (element bits are stacked, [J, d_out, words]).
+        offsets: J + 1 bounds into `values`.
+        thresholds: [J] fp32.
+        factors: [sum K, r] fp32, or None when memories are told apart by score.
+    """
+
+    values: Tensor
+    index: Tensor
+    offsets: tuple[int, ...]
+    thresholds: Tensor
+    factors: Tensor | None
+
+    @property
+    def bounds(self) -> Tensor:
+        """`offsets` as a tensor, the form that a state_dict keeps."""
+        return torch.tensor(self.offsets)
+
+    @classmethod
+    def pack(cls, memories: list[SideMemory], dtype: torch.dtype, route_by: str = "leverage") -> Bank | None:
+        """Pack memories that hold at least one edit; None when there is none.
+
+        Raises:
+            ConfigError: the memories differ in layout or shape.
+        """
+        memories = [m for m in memories if m.edits]
+        if not memories:
+            return None
+        if len({(m.layout, m.shape) for m in memories}) > 1:
+            raise ConfigError("a bank holds memories of one layout and one projection shape")
+        layout, offsets = memories[0].layout, [0]
+        for memory in memories:
+            offsets.append(offsets[-1] + memory.values.shape[0])
+        joined = torch.cat if layout == "neuron" else torch.stack
+        factors = None
+        if route_by == "leverage" and len(memories) > 1 and all(m.factor is not None for m in memories):
+            rank = max(m.factor.shape[1] for m in memories)
+            pad = torch.nn.functional.pad
+            factors = torch.cat([pad(m.factor, (0, rank - m.factor.shape[1])) for m in memories])
+        values = torch.cat([m.values for m in memories])
+        return cls(
+            values.to(dtype),
+            joined([m.index for m in memories]),
+            tuple(offsets),
+            torch.tensor([m.threshold for m in memories], device=values.device),
+            factors,
+        )

@@ -1,0 +1,45 @@
+"""The edit loss: token NLL of the target, and the routing margins of eq. 5."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wise_fast.config import WiseConfig
+
+
+def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of each label in fp32, [M], from [M, vocabulary] logits."""
+    return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def row_mean(values: Tensor, row: Tensor, rows: int) -> Tensor:
+    """Mean of [M] values over the entries of each row, [rows]; a row without entries gives 0."""
+    total = values.new_zeros(rows).index_add(0, row, values)
+    return total / torch.bincount(row, minlength=rows).clamp_min(1)
+
+
+def scores(response: Tensor, prompt_mask: Tensor, reduction: str) -> Tensor:
+    """Routing score of each sequence (eq. 3), [B], from side responses [B*T, d_out] and the prompt mask [B, T].
+
+    Differentiable everywhere: the norm at zero is smoothed, far below what a score can resolve.
+    """
+    norms = (response.square().sum(-1) + 1e-12).sqrt().view(prompt_mask.shape)
+    if reduction == "max":
+        return norms.masked_fill(~prompt_mask, 0).amax(1)
+    return (norms * prompt_mask).sum(1) / prompt_mask.sum(1).clamp_min(1)
+
+
+def edit_margin(score: Tensor, config: WiseConfig, unit: float) -> Tensor:
+    """`max(0, beta - s_edit)` of eq. 5, per row."""
+    return (config.beta - score / unit).clamp_min(0)
+
+
+def irrelevant_margin(score: Tensor, config: WiseConfig, unit: float) -> Tensor:
+    """`max(0, s_irr - alpha)` of eq. 5, per irrelevant text."""
+    return (score / unit - config.alpha).clamp_min(0)
+
+
+def gap_margin(edit: Tensor, irrelevant: Tensor, config: WiseConfig, unit: float) -> Tensor:
+    """`max(0, gamma - (s_edit - s_irr))` of eq. 5."""
+    return (config.gamma - (edit - irrelevant) / unit).clamp_min(0)

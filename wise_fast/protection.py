@@ -1,0 +1,47 @@
+"""Protected update: earlier edits of a shard are moved as little as possible (DESIGN section 2).
+
+With `C = sum a_S^T a_S` over the token activations of the edits already in the shard, the update of the next edit is
+`D_S^T += P Z`, `P = (I + C / lambda)^-1`, and training `Z` needs the features `a_S P` alone. After each edit, recursive
+least squares: `P <- P - P a^T (lambda I + a P a^T)^-1 a P`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def identity(count: int, device: torch.device | str) -> Tensor:
+    """`P` of an untouched shard, [K, K] fp32."""
+    return torch.eye(count, device=device)
+
+
+def absorb(p: Tensor, a: Tensor, strength: float) -> Tensor:
+    """`P` after an edit with token activations `a` [N, K] has been written.
+
+    `strength` is lambda in units of the mean of `a P a^T` over the tokens, so it falls as the columns fill.
+    """
+    pa = a @ p
+    gram = pa @ a.t()
+    scale = strength * gram.diagonal().mean().clamp_min(torch.finfo(p.dtype).tiny)
+    gram.diagonal().add_(scale)
+    half = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), pa, upper=False)
+    return torch.addmm(p, half.t(), half, alpha=-1.0)
+
+
+def free_share(p: Tensor) -> float:
+    """Share of the shard's columns that earlier edits leave free: trace(P) / K."""
+    return float(p.diagonal().mean())
+
+
+def taught_factor(p: Tensor, rank: int) -> Tensor:
+    """Thin `U` [K, rank] with `U U^T ~ I - P`, by seeded subspace iteration; `||a U||^2 / ||a||^2` is the leverage."""
+    count = p.shape[0]
+    rank = min(rank, count)
+    generator = torch.Generator().manual_seed(0)
+    taught = torch.eye(count, device=p.device) - p
+    basis = torch.randn(count, min(rank + 8, count), generator=generator).to(p.device)
+    for _ in range(3):
+        basis = torch.linalg.qr(taught @ basis).Q
+    values, vectors = torch.linalg.eigh(basis.t() @ taught @ basis)
+    return basis @ vectors[:, -rank:] * values[-rank:].clamp_min(0).sqrt()

@@ -1,0 +1,84 @@
+"""The editor's state as a value: every batch of edits makes a new one, so undo is an assignment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from wise_fast.data import Edit
+from wise_fast.memory import SideMemory
+
+
+@dataclass(frozen=True)
+class EditReport:
+    """What became of one edit.
+
+    Attributes:
+        edit: the edit itself.
+        steps: optimiser steps taken.
+        loss_before, loss: mean token NLL of the target (with its stop token) before and after.
+        score: routing score of the bare prompt, in activation units.
+        success: every target token is the argmax and the margins hold, on the prompt and every prefixed prompt.
+        seconds: wall time of the edit; edits of one batch share its time equally.
+        note: what else there is to say ("superseded by ...", "diverged ...", ...), or "".
+    """
+
+    edit: Edit
+    steps: int = 0
+    loss_before: float = float("nan")
+    loss: float = float("nan")
+    score: float = float("nan")
+    success: bool = False
+    seconds: float = 0.0
+    note: str = ""
+
+    def replace(self, **changes) -> EditReport:
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict:
+        return {**self.__dict__, "edit": self.edit.to_dict()}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard that still takes edits.
+
+    Attributes:
+        memory: its values so far.
+        p: [K, K] fp32 protection matrix, or None without the protected update.
+        keys: per edit held, (index of the edit, prompt activations [n, K]), for thresholds.
+    """
+
+    memory: SideMemory
+    p: Tensor | None
+    keys: tuple[tuple[int, Tensor], ...] = ()
+
+
+@dataclass(frozen=True)
+class EditorState:
+    """Everything that editing changes.
+
+    Attributes:
+        merged: finished memories (in mode "merge" at most one; in mode "retrieve" every closed shard).
+        closed: closed shards that wait for their merge (mode "merge").
+        shard: the open shard, or None before the first edit and after loading.
+        opened: shards opened so far; seeds the next mask.
+        reports: one per edit held, in order.
+        merges: TIES merges so far.
+    """
+
+    merged: tuple[SideMemory, ...] = ()
+    closed: tuple[SideMemory, ...] = ()
+    shard: Shard | None = None
+    opened: int = 0
+    reports: tuple[EditReport, ...] = ()
+    merges: int = 0
+
+    @property
+    def memories(self) -> list[SideMemory]:
+        """Memories to serve, oldest first."""
+        return [*self.merged, *self.closed, *([self.shard.memory] if self.shard else [])]
+
+    def replace(self, **changes) -> EditorState:
+        return replace(self, **changes)
