@@ -69,6 +69,23 @@ def linear_weight(module: nn.Module) -> Tensor:
     return module.weight.t() if isinstance(module, Conv1D) else module.weight
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is `x W^T + b` with a floating point weight that is at hand: a `Linear` or `Conv1D` in effect.
+
+    A subclass counts if it computes the same (Falcon's does; quantization-aware and low-bit ones do not).
+    """
+    if not isinstance(module, _LINEAR) or not module.weight.is_floating_point() or module.weight.is_meta:
+        return False
+    if type(module) in _LINEAR:
+        return True
+    weight = linear_weight(module)
+    x = torch.linspace(-1, 1, weight.shape[1], device=weight.device, dtype=weight.dtype)[None]
+    with torch.no_grad():
+        made, expected = module(x), nn.functional.linear(x, weight, module.bias)
+    scale = nn.functional.linear(x.abs(), weight.abs()).max()
+    return bool((made - expected).abs().max() <= 8 * torch.finfo(weight.dtype).eps * scale)
+
+
 def default_layer(n_layers: int) -> int:
     """Mid-to-late: three quarters of the way up, where the prototype of DESIGN section 6 stood (13 of 18)."""
     return round(0.75 * (n_layers - 1))
@@ -82,7 +99,8 @@ def find_architecture(model: nn.Module, layer: int | None = None) -> Architectur
         layer: index of the decoder layer to edit; None takes `default_layer`.
 
     Raises:
-        UnsupportedModelError: the model is an encoder-decoder, a mixture of experts, quantized, or not a causal LM.
+        UnsupportedModelError: the model is an encoder-decoder, a mixture of experts, quantized, adapted, or not a
+            causal LM.
         ConfigError: there is no such layer.
     """
     config = _check_family(model)
@@ -91,7 +109,7 @@ def find_architecture(model: nn.Module, layer: int | None = None) -> Architectur
     layers = _find_layers(model, config, calls, names)
     if layer is None:
         layer = default_layer(len(layers))
-    if not isinstance(layer, int) or not -len(layers) <= layer < len(layers):
+    if not isinstance(layer, int) or isinstance(layer, bool) or not -len(layers) <= layer < len(layers):
         raise ConfigError(f"layer {layer!r} does not exist: the model has {len(layers)} layers, 0 to {len(layers) - 1}")
     layer %= len(layers)
     projection = _find_projection(model, layers[layer], calls)
@@ -120,8 +138,13 @@ def _check_family(model: nn.Module):
         raise UnsupportedModelError(f"{found} is an encoder-decoder; supported: {SUPPORTED}")
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError(f"{found} has quantized weights; load it unquantized. Supported: {SUPPORTED}")
+    absent = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if absent is not None:
+        raise UnsupportedModelError(f"{found} is not loaded: {absent} is on the meta device. Supported: {SUPPORTED}")
     if model.get_output_embeddings() is None:
         raise UnsupportedModelError(f"{found} has no LM head: load it as a causal LM. Supported: {SUPPORTED}")
+    if not model.can_generate():
+        raise UnsupportedModelError(f"{found} is not a causal LM; supported: {SUPPORTED}")
     config = config.get_text_config()
     experts = [name for name in _EXPERT_FIELDS if (getattr(config, name, None) or 0) > 1]
     if experts:
@@ -131,16 +154,23 @@ def _check_family(model: nn.Module):
     return config
 
 
-def _probe(model: nn.Module) -> list[nn.Module]:
-    """Modules in the order in which they finish in one forward of three tokens."""
-    calls: list[nn.Module] = []
-    handles = [m.register_forward_hook(lambda m, _args, _out: calls.append(m)) for m in model.modules()]
+def _probe(model: nn.Module) -> dict[nn.Module, bool]:
+    """Modules in the order in which they last finish, and whether they change the width of what they are given."""
+    calls: dict[nn.Module, bool] = {}
+
+    def note(module, args, output):
+        tensors = bool(args) and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor)
+        calls.pop(module, None)
+        calls[module] = tensors and args[0].shape[-1:] != output.shape[-1:]
+
+    handles = [m.register_forward_hook(note) for m in model.modules()]
+    # Two texts that differ in their last token alone: a causal LM says the same of their first.
     device = model.get_input_embeddings().weight.device
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(3, device=device)[None] % vocabulary
+    ids = torch.tensor([[0, 1, 2], [0, 1, 3]], device=device) % vocabulary
     try:
         with torch.no_grad(), evaluating(model):
-            model(input_ids=ids, use_cache=False)
+            logits = model(input_ids=ids, use_cache=False, return_dict=True).logits
     except (TypeError, ValueError, RuntimeError) as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not run as a causal LM on token ids ({error}); supported: {SUPPORTED}"
@@ -148,6 +178,11 @@ def _probe(model: nn.Module) -> list[nn.Module]:
     finally:
         for handle in handles:
             handle.remove()
+    first = logits[:, 0].float()
+    if (first[0] - first[1]).abs().max() > 64 * torch.finfo(logits.dtype).eps * first.abs().max():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} lets a token see later ones, so it is not a causal LM; supported: {SUPPORTED}"
+        )
     return calls
 
 
@@ -161,29 +196,35 @@ def _find_layers(model, config, calls, names) -> list[nn.Module]:
     )
 
 
-def _find_projection(model: nn.Module, layer: nn.Module, calls: list[nn.Module]) -> nn.Module:
-    inside = set(layer.modules())
+def _find_projection(model: nn.Module, layer: nn.Module, calls: dict[nn.Module, bool]) -> nn.Module:
     family = type(model).__name__
     stacked = [name for name, p in layer.named_parameters() if p.ndim > 2]
     if stacked or any("expert" in name.lower() for name, _ in layer.named_modules()):
         raise UnsupportedModelError(
             f"{family} has expert weights in its layers ({(stacked or ['experts'])[0]}); supported: {SUPPORTED}"
         )
-    linear = [m for m in calls if m in inside and not list(m.children()) and getattr(m, "weight", None) is not None]
-    linear = [m for m in linear if m.weight.ndim == 2]
-    width = model.get_input_embeddings().weight.shape[1]
-    if not linear:
-        raise UnsupportedModelError(f"no linear map runs in a layer of {family}; supported: {SUPPORTED}")
-    last = linear[-1]
-    if not isinstance(last, _LINEAR) or not last.weight.is_floating_point():
+    inside = set(layer.modules())
+    ran = [m for m in calls if m in inside]
+    linear = [m for m in ran if not list(m.children()) and getattr(getattr(m, "weight", None), "ndim", 0) == 2]
+    last = linear[-1] if linear else None
+    # What changes the width behind the last known linear map is a linear map of a kind that is not known.
+    behind = ran[ran.index(last) + 1 :] if linear else ran
+    unknown = [m for m in behind if calls[m] and last not in set(m.modules())]
+    found = unknown[-1] if unknown else last
+    if not is_linear(found):
+        weight = getattr(found, "weight", None)
+        kind = f" of {weight.dtype} on {weight.device}" if isinstance(weight, torch.Tensor) else ""
         raise UnsupportedModelError(
-            f"the FFN's value projection of {family} is a {type(last).__name__} of {last.weight.dtype}, expected "
-            f"nn.Linear or Conv1D in floating point; supported: {SUPPORTED}"
+            f"the FFN's value projection of {family} is a {type(found).__module__}.{type(found).__name__}{kind}, "
+            f"expected nn.Linear or Conv1D in floating point; supported: {SUPPORTED}"
         )
-    if len(linear) < 3 or linear_shape(last)[0] <= 0 or linear_shape(last)[1] < min(width, linear_shape(last)[0]):
+    # An FFN widens: what ends in a narrow linear map is an adapter (LoRA), what has too few of them no transformer.
+    width = model.get_input_embeddings().weight.shape[1]
+    d_ff, d_out = linear_shape(last)
+    if len(linear) < 3 or d_out < min(width, d_ff) or d_ff < d_out:
         raise UnsupportedModelError(
-            f"the last linear map of a layer of {family} has shape {tuple(last.weight.shape)} and does not look like "
-            f"an FFN's value projection; supported: {SUPPORTED}"
+            f"the last linear map of a layer of {family} takes {d_ff} inputs to {d_out} outputs and does not look like "
+            f"an FFN's value projection (merge adapters first); supported: {SUPPORTED}"
         )
     return last
 

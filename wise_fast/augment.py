@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import nn
 
@@ -31,3 +33,53 @@ def sample_texts(model: nn.Module, tokenizer, count: int, length: int, generator
             texts.append(ids)
     decoded = tokenizer.batch_decode(torch.cat(texts, 1), skip_special_tokens=True)
     return [" ".join(text.split()) for text in decoded]
+
+
+def drop_words(text: str, rate: float, generator: torch.Generator, keep: str | None = None) -> str:
+    """`text` without a random share of its words; the words of `keep` (the subject) always stay.
+
+    Paraphrases share a prompt's content words, not its wording, so an edit that holds without some of the wording
+    holds for more of them.
+    """
+    words = text.split()
+    kept_words = set((keep or "").split())
+    draws = torch.rand(len(words), generator=generator).tolist()
+    kept = [word for word, draw in zip(words, draws, strict=True) if draw >= rate or word.strip("?.,!'s") in kept_words]
+    return " ".join(kept) or text
+
+
+SUBJECTS = (
+    "Portugal",
+    "Marie Curie",
+    "the river Danube",
+    "Mount Kenya",
+    "Osaka",
+    "Pride and Prejudice",
+    "Vincent van Gogh",
+    "Siemens",
+    "the Atacama Desert",
+    "Simon Bolivar",
+    "The Seventh Seal",
+    "Helianthus annuus",
+    "HMS Victory",
+    "Queens Park Rangers",
+    "Jane Goodall",
+    "the University of Bologna",
+)
+
+
+def swap_subject(prompt: str, subject: str | None, count: int, generator: torch.Generator) -> list[str]:
+    """The prompt asked of up to `count` other subjects: its nearest neighbours that the edit must not change.
+
+    Without a given subject the longest run of capitalised words behind the first word stands for it; a prompt that
+    has none gives no neighbours.
+    """
+    found = re.search(re.escape(subject), prompt, re.IGNORECASE) if subject else None
+    if found is None:
+        runs = list(re.finditer(r"(?<=\s)(?:[A-Z0-9][^\s?]*)(?:\s+[A-Z0-9][^\s?]*)*", prompt))
+        found = max(runs, key=lambda run: run.end() - run.start(), default=None)
+    if found is None:
+        return []
+    order = torch.randperm(len(SUBJECTS), generator=generator).tolist()
+    others = [SUBJECTS[i] for i in order if SUBJECTS[i].lower() != found.group().lower()]
+    return [prompt[: found.start()] + other + prompt[found.end() :] for other in others[:count]]

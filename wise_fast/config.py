@@ -69,6 +69,10 @@ class WiseConfig:
     prefixes: int = 5
     prefix_tokens: int = 10
     prefixes_per_step: int = 2
+    dropped: int = 0
+    drop_rate: float = 0.25
+    near: int = 0
+    near_limit: float = 2.0
     alpha: float = 5.0
     beta: float = 20.0
     gamma: float = 10.0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,9 +13,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from wise_fast import merging, objective, protection, tokens, training
+from wise_fast import fingerprint, merging, objective, protection, storage, tokens, training
 from wise_fast.architectures import find_architecture
-from wise_fast.augment import sample_texts
+from wise_fast.augment import drop_words, sample_texts, swap_subject
 from wise_fast.config import WiseConfig
 from wise_fast.data import Edit, as_edits, deduplicate
 from wise_fast.errors import ConfigError, EditDataError, WiseError
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _QUIET_TEXTS, _QUIET_TOKENS = 16, 24
 _UNIT_SHARE = 0.5
+_FAILED = "not fitted: its target or its routing margin did not hold within max_steps"
 
 
 class WiseEditor:
@@ -53,11 +56,13 @@ class WiseEditor:
         self.routing = Routing()
         self._undo: list[EditorState] = []
         self._checkpoints: dict[str, EditorState] = {}
+        self._state = EditorState()
         self._attach()
-        self._set_state(EditorState())
 
     # -- editing ------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def edit(self, edits: Edit | dict | Iterable[Edit | dict], progress: bool = False) -> list[EditReport]:
         """Teach facts, `config.batch_size` at a time.
 
@@ -98,7 +103,7 @@ class WiseEditor:
     def _examples(self, edits: Sequence[Edit]) -> list[list[tokens.Example]]:
         rows = []
         for number, edit in enumerate(edits, 1):
-            texts = [edit.prompt, *(f"{prefix}. {edit.prompt}" for prefix in self.prefixes)]
+            texts = [edit.prompt, *(f"{prefix}. {edit.prompt}" for prefix in self.prefixes), *self._shortened(edit)]
             made = [tokens.encode_target(self.tokenizer, text, edit.target) for text in texts]
             stop = () if self.stop is None else (self.stop,)
             made = [tokens.Example(row.prompt, row.target + stop) for row in made]
@@ -110,6 +115,11 @@ class WiseEditor:
                 )
             rows.append(made)
         return rows
+
+    def _shortened(self, edit: Edit) -> list[str]:
+        generator = torch.Generator().manual_seed(_seed(self.config.seed, "drop", edit.prompt))
+        rate = self.config.drop_rate
+        return [drop_words(edit.prompt, rate, generator, edit.subject) for _ in range(self.config.dropped)]
 
     def _open_shard(self, state: EditorState) -> EditorState:
         """The state with an open shard that has room, closing and merging full ones."""
@@ -133,7 +143,7 @@ class WiseEditor:
         """(state with the batch learned, reports). Edits that diverge are left out and reported."""
         start = time.perf_counter()
         alive = list(range(len(edits)))
-        fit = trainer = None
+        fit = None
         while alive and fit is None:
             trainer = training.Trainer(
                 self.tail,
@@ -153,44 +163,51 @@ class WiseEditor:
                 del alive[error.edit]
         reports = [EditReport(edit, note="diverged: its loss was not finite; taken back") for edit in edits]
         if fit is not None:
-            for place, i in enumerate(alive):
-                reports[i] = EditReport(edits[i], fit.steps[place], fit.first[place], fit.last[place], note="")
-            state = self._learned(state, fit, [reports[i] for i in alive])
-            for place, i in enumerate(alive):
-                reports[i] = state.reports[len(state.reports) - len(alive) + place]
-        seconds = (time.perf_counter() - start) / len(edits)
-        reports = [r.replace(seconds=seconds) for r in reports]
-        if fit is not None:
-            held = [reports[i] for i in alive]
-            state = state.replace(reports=state.reports[: len(state.reports) - len(alive)] + tuple(held))
+            taken = [
+                EditReport(edits[i], *figures)
+                for i, *figures in zip(alive, fit.steps, fit.first, fit.last, strict=True)
+            ]
+            first = len(state.reports)
+            state = self._learned(state, fit, taken)
+            seconds = (time.perf_counter() - start) / len(edits)
+            made = tuple(r.replace(seconds=seconds) for r in state.reports[first:])
+            state = state.replace(reports=state.reports[:first] + made)
+            for i, report in zip(alive, made, strict=True):
+                reports[i] = report
         return state, reports
 
     def _learned(self, state: EditorState, fit: training.Fit, reports: list[EditReport]) -> EditorState:
+        """The state with a fitted batch in its open shard."""
         shard, first = state.shard, len(state.reports)
+        prompts = {r.edit.prompt for r in reports}
+        stale = {i for i, r in enumerate(state.reports) if r.edit.prompt in prompts}
+        old = [r.replace(note="superseded by a later edit") if i in stale else r for i, r in enumerate(state.reports)]
+        keys = tuple(k for k in shard.keys if k[0] not in stale) + tuple(enumerate(fit.keys, first))
         memory = shard.memory.replace(
             values=fit.values, edits=shard.memory.edits + tuple(range(first, first + len(reports)))
         )
-        fine = [(first + i, key) for i, key in enumerate(fit.keys) if fit.success[i]]
-        prompts = {r.edit.prompt for r in reports}
-        stale = {i for i, r in enumerate(state.reports) if r.edit.prompt in prompts}
-        keys = tuple(k for k in shard.keys if k[0] not in stale) + tuple(fine)
-        memory = memory.replace(threshold=self._threshold(memory, keys))
-        p = None if shard.p is None else protection.absorb(shard.p, fit.taught, self.config.protect_lambda)
-        old = [r.replace(note="superseded by a later edit") if i in stale else r for i, r in enumerate(state.reports)]
+        scores = {index: self._score(memory, key) for index, key in keys}
         new = [
-            r.replace(success=fit.success[i], score=self._score(memory, fit.keys[i])) for i, r in enumerate(reports)
+            r.replace(success=fit.success[i], score=scores[first + i], note="" if fit.success[i] else _FAILED)
+            for i, r in enumerate(reports)
         ]
-        return state.replace(shard=Shard(memory, p, keys), reports=tuple(old) + tuple(new))
+        made = (*old, *new)
+        held = [score for index, score in scores.items() if made[index].success]
+        memory = memory.replace(threshold=self._threshold(held or list(scores.values())))
+        p = shard.p
+        if p is not None:
+            p = protection.absorb(p, fit.taught, self.config.protect_lambda)
+            if state.merged or state.closed:
+                memory = memory.replace(factor=protection.taught_factor(p))
+        return state.replace(shard=Shard(memory, p, keys), reports=made)
 
     def _score(self, memory: SideMemory, key: Tensor) -> float:
         mask = torch.ones(1, key.shape[0], dtype=torch.bool, device=key.device)
         return float(objective.scores(memory.respond(key), mask, self.config.reduction))
 
-    def _threshold(self, memory: SideMemory, keys: Sequence[tuple[int, Tensor]]) -> float:
+    def _threshold(self, scores: Sequence[float]) -> float:
         """`act_ratio * min score` over the edits that hold; failed ones do not drag it down (DESIGN section 2)."""
-        if not keys:
-            return memory.threshold
-        return self.config.act_ratio * min(self._score(memory, key) for _, key in keys)
+        return self.config.act_ratio * min(scores)
 
     # -- what the model itself is asked once --------------------------------------------------------------------
 
@@ -199,9 +216,7 @@ class WiseEditor:
         """Augmentation texts, sampled from the model with the config's seed."""
         generator = torch.Generator().manual_seed(_seed(self.config.seed, "prefix", 0))
         with self.disabled():
-            return sample_texts(
-                self.model, self.tokenizer, self.config.prefixes, self.config.prefix_tokens, generator
-            )
+            return sample_texts(self.model, self.tokenizer, self.config.prefixes, self.config.prefix_tokens, generator)
 
     @functools.cached_property
     def _quiet_pool(self) -> training.Texts:
@@ -216,19 +231,30 @@ class WiseEditor:
         if self.config.units == "absolute":
             return 1.0
         projection = self.projection.base_layer
-        return _UNIT_SHARE * float(projection(self._quiet_pool.a.to(projection.weight.dtype)).float().norm(dim=-1).median())
+        response = projection(self._quiet_pool.a.to(projection.weight.dtype)).detach()
+        return _UNIT_SHARE * float(response.float().norm(dim=-1).median())
 
     def _quiet_texts(self, edits: Sequence[Edit]) -> training.Texts:
-        texts = [edit.irrelevant for edit in edits if edit.irrelevant]
-        return self._quiet_pool.join(self._texts(texts)) if texts else self._quiet_pool
+        irrelevant = [edit.irrelevant for edit in edits if edit.irrelevant]
+        known = {r.edit.prompt for r in self._state.reports} | {e.prompt for e in edits}
+        near = [text for edit in edits for text in self._neighbours(edit) if text not in known]
+        if not irrelevant and not near:
+            return self._quiet_pool
+        limits = [1.0] * len(irrelevant) + [self.config.near_limit] * len(near)
+        return self._quiet_pool.join(self._texts(irrelevant + near, limits))
 
-    def _texts(self, texts: Sequence[str]) -> training.Texts:
+    def _neighbours(self, edit: Edit) -> list[str]:
+        generator = torch.Generator().manual_seed(_seed(self.config.seed, "near", edit.prompt))
+        return swap_subject(edit.prompt, edit.subject, self.config.near, generator)
+
+    def _texts(self, texts: Sequence[str], limits: Sequence[float] | None = None) -> training.Texts:
         rows = [tokens.Example(tokens.encode(self.tokenizer, text)[: self.architecture.context], ()) for text in texts]
         batch = tokens.collate(rows, tokens.pad_token(self.tokenizer), self.device)
         capture = self.tail.capture(batch.input_ids, batch.attention_mask)
         mask = batch.prompt_mask.flatten()
         text = torch.arange(len(rows), device=self.device)[:, None].expand_as(batch.prompt_mask).flatten()
-        return training.Texts(capture.a[mask], text[mask], len(rows))
+        limit = torch.tensor(limits or [1.0] * len(rows), device=self.device)
+        return training.Texts(capture.a[mask], text[mask], limit)
 
     # -- state --------------------------------------------------------------------------------------------------
 
@@ -297,6 +323,40 @@ class WiseEditor:
         with self.routing.disabled():
             yield
 
+    # -- saving -------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Save the edits, compactly and without the base model, to a directory: new, empty, or one saved before.
+
+        It is written in one step: whatever happens, the directory holds what it held before or all of the new.
+
+        Raises:
+            StorageError: the directory holds other things or cannot be written; it is as it was, and so is the model.
+        """
+        storage.save(directory, fingerprint.describe(self.model, self.architecture), self.config, self._state)
+
+    @classmethod
+    def from_pretrained(cls, model: nn.Module, tokenizer, directory: str | os.PathLike) -> WiseEditor:
+        """Attach the editor saved in `directory` to its base model, which then answers exactly as the saved one did.
+
+        The memories of the directory are closed: the next edit opens a new one.
+
+        Raises:
+            StorageError: the directory is missing, damaged, changed, of a newer format, or made for another base
+                model or dtype; the model is as it was.
+            ConfigError: the model has an editor already.
+            UnsupportedModelError: the model's structure cannot be edited.
+        """
+        saved = storage.load(directory)
+        fingerprint.check(saved.base, model, saved.config.layer)
+        editor = cls(model, tokenizer, saved.config)
+        try:
+            editor._set_state(saved.state_on(editor.device))
+        except BaseException:
+            editor.unload()
+            raise
+        return editor
+
     # -- attaching ----------------------------------------------------------------------------------------------
 
     def _attach(self) -> None:
@@ -304,7 +364,8 @@ class WiseEditor:
         holder = self.model.get_submodule(parent)
         setattr(holder, attribute, DualMemoryLinear(getattr(holder, attribute), self.routing, self.config.reduction))
         self.routing.attach(self.model.get_submodule(self.architecture.decoder))
-        self.model.generate = _Generation(self.model, self.routing).generate
+        self._generate = self.model.__dict__.get("generate")  # the user's own, if the model has one
+        self.model.generate = _Generation(self.model.generate, self.routing).generate
 
     def unload(self) -> nn.Module:
         """Put the original projection object back and return the model, as it was before this editor."""
@@ -312,24 +373,24 @@ class WiseEditor:
         setattr(self.model.get_submodule(parent), attribute, self.projection.base_layer)
         self.routing.detach()
         del self.model.generate
+        if self._generate is not None:
+            self.model.generate = self._generate
         return self.model
 
 
 class _Generation:
     """`model.generate` that tells the routing where a generation begins; a method, so that deepcopy follows it."""
 
-    def __init__(self, model: nn.Module, routing: Routing):
-        self.model, self.routing = model, routing
+    def __init__(self, inner, routing: Routing):
+        self.inner, self.routing = inner, routing
 
     def generate(self, *args, **kwargs):
         with self.routing.generation():
-            return type(self.model).generate(self.model, *args, **kwargs)
+            return self.inner(*args, **kwargs)
 
 
 def _seed(*parts) -> int:
     """A stable 63-bit seed from a config's seed, a purpose and a counter."""
-    import hashlib
-
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 

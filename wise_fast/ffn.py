@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import wise_kernels as kernels
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from wise_fast.architectures import linear_shape, linear_weight
+import wise_kernels as kernels
+from wise_fast.architectures import is_linear, linear_shape, linear_weight
 from wise_fast.errors import UnsupportedModelError
 from wise_fast.memory import Bank
 from wise_fast.routing import Routing
@@ -33,7 +33,7 @@ class DualMemoryLinear(nn.Module):
 
     def __init__(self, base_layer: nn.Module, routing: Routing | None = None, reduction: str = "mean"):
         super().__init__()
-        if not isinstance(base_layer, (nn.Linear, Conv1D)) or not base_layer.weight.is_floating_point():
+        if not is_linear(base_layer):
             raise UnsupportedModelError(
                 f"a {type(base_layer).__name__} cannot be wrapped; expected nn.Linear or Conv1D in floating point"
             )
@@ -76,7 +76,7 @@ class DualMemoryLinear(nn.Module):
             return self.base_layer(a)
         flat = a.reshape(-1, self.in_features)
         held = self.routing.held
-        y, side, choice = self._prefill(a, flat) if held is None else (self.base_layer(flat), None, held)
+        y, side, choice = self._prefill(a, flat) if held is None else (self.base_layer(flat), None, held.to(a.device))
         add = kernels.gated_add_ if self.layout == "neuron" else kernels.gated_add_element_
         add(y, flat, self.values, self.index, self.offsets, choice, side)
         return y.view(*a.shape[:-1], self.out_features)
@@ -93,8 +93,8 @@ class DualMemoryLinear(nn.Module):
         if mask is None:
             batch = a.shape[0] if a.ndim > 2 else 1
             mask = torch.ones(batch, flat.shape[0] // max(batch, 1), dtype=torch.bool, device=a.device)
-        scores, choice = kernels.route(norms, mask, self.thresholds, leverage, reduction=self.reduction)
-        self.routing.scores, self.routing.choice = scores, choice
+        scores, choice = kernels.route(norms, mask.to(a.device), self.thresholds, leverage, reduction=self.reduction)
+        self.routing.scores, self.routing.choice = scores.detach(), choice
         return y, side if one else None, choice
 
     def _apply(self, fn, recurse: bool = True):
@@ -107,12 +107,13 @@ class DualMemoryLinear(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        for name in _BUFFERS:  # a bank's size is part of its state
-            value = state_dict.get(prefix + name)
-            device = self.base_layer.weight.device
-            setattr(self, name, None if value is None else torch.empty_like(value, device=device))
-        bounds = state_dict.get(prefix + "bounds")
-        self.offsets = (0,) if bounds is None else tuple(bounds.tolist())
+        if any(key.startswith(prefix) for key in state_dict):  # a bank's size is part of its state
+            for name in _BUFFERS:
+                value = state_dict.get(prefix + name)
+                device = self.base_layer.weight.device
+                setattr(self, name, None if value is None else torch.empty_like(value, device=device))
+            bounds = state_dict.get(prefix + "bounds")
+            self.offsets = (0,) if bounds is None else tuple(bounds.tolist())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

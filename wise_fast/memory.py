@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import wise_kernels as kernels
 from torch import Tensor
 
+import wise_kernels as kernels
 from wise_fast.errors import ConfigError
 
 

@@ -13,6 +13,16 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
 
 
+def restricted_nll(logits: Tensor, labels: Tensor, rest: Tensor) -> Tensor:
+    """`token_nll` when only part of the vocabulary was computed: `rest` [M] is the log-sum-exp of the other logits.
+
+    The rest is taken as it was when last computed in full; it has no gradient.
+    """
+    logits = logits.float()
+    total = torch.logaddexp(logits.logsumexp(-1), rest)
+    return total - logits.gather(1, labels[:, None])[:, 0]
+
+
 def row_mean(values: Tensor, row: Tensor, rows: int) -> Tensor:
     """Mean of [M] values over the entries of each row, [rows]; a row without entries gives 0."""
     total = values.new_zeros(rows).index_add(0, row, values)

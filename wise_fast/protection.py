@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+RANK = 128  # of the leverage factor
+
 
 def identity(count: int, device: torch.device | str) -> Tensor:
     """`P` of an untouched shard, [K, K] fp32."""
@@ -34,7 +36,7 @@ def free_share(p: Tensor) -> float:
     return float(p.diagonal().mean())
 
 
-def taught_factor(p: Tensor, rank: int) -> Tensor:
+def taught_factor(p: Tensor, rank: int = RANK) -> Tensor:
     """Thin `U` [K, rank] with `U U^T ~ I - P`, by seeded subspace iteration; `||a U||^2 / ||a||^2` is the leverage."""
     count = p.shape[0]
     rank = min(rank, count)
@@ -44,4 +46,5 @@ def taught_factor(p: Tensor, rank: int) -> Tensor:
     for _ in range(3):
         basis = torch.linalg.qr(taught @ basis).Q
     values, vectors = torch.linalg.eigh(basis.t() @ taught @ basis)
-    return basis @ vectors[:, -rank:] * values[-rank:].clamp_min(0).sqrt()
+    factor = basis @ vectors[:, -rank:] * values[-rank:].clamp_min(0).sqrt()
+    return factor.half().float()  # half a precision is plenty for a share, and halves what is saved

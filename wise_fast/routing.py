@@ -21,28 +21,46 @@ from wise_fast.errors import WiseError
 class RoutedCache:
     """Mixed into a cache's class once it holds a decision, so that the decision follows the cache's rows."""
 
-    routing_choice: Tensor
+    routing_choice: Tensor | None
+
+    def _move(self, rows) -> None:
+        if self.routing_choice is not None:
+            self.routing_choice = rows(self.routing_choice)
 
     def reorder_cache(self, beam_idx: Tensor):
-        self.routing_choice = self.routing_choice.index_select(0, beam_idx.to(self.routing_choice.device))
+        self._move(lambda choice: choice.index_select(0, beam_idx.to(choice.device)))
         return super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int):
-        self.routing_choice = self.routing_choice.repeat_interleave(repeats, 0)
+        self._move(lambda choice: choice.repeat_interleave(repeats, 0))
         return super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor):
-        self.routing_choice = self.routing_choice[indices]
+        self._move(lambda choice: choice[indices])
         return super().batch_select_indices(indices)
 
     def reset(self):
         self.routing_choice = None
         return super().reset()
 
+    def __reduce__(self):
+        return _restore, (type(self).__mro__[2],), self.__dict__
+
 
 @functools.cache
 def _routed(cls: type[Cache]) -> type[Cache]:
     return type(f"Routed{cls.__name__}", (RoutedCache, cls), {})
+
+
+def _follow(cache: Cache) -> None:
+    """Let the cache move its decision with its rows; a compiled prefill cannot and leaves it to the next forward."""
+    if not torch.compiler.is_compiling() and not isinstance(cache, RoutedCache):
+        cache.__class__ = _routed(type(cache))
+
+
+def _restore(cls: type[Cache]) -> Cache:
+    routed = _routed(cls)
+    return routed.__new__(routed)
 
 
 class Routing:
@@ -52,8 +70,12 @@ class Routing:
         enabled: False serves the main memory alone.
         mask: [B, T] bool of the current forward, True where a token belongs to the prompt; None for "all of them".
         held: [B] int64 decision made at prefill that this forward must keep, or None.
-        choice: [B] int64 decision of the latest forward: memory index, or -1 for the main memory.
-        scores: [B, J] fp32 of the latest prefill.
+        choice: [B] int64 decision of the latest forward: memory index, or -1 for the main memory; None when it asked
+            for none (disabled, or no memories).
+        scores: [B, J] fp32 of the latest prefill, or None likewise.
+
+    A forward decides on the tokens it is given. It keeps the cache's decision when it decodes: with one token, or with
+    any number inside `generate` after its first forward. More tokens than one outside `generate` are a new prompt.
     """
 
     def __init__(self):
@@ -73,7 +95,7 @@ class Routing:
         self._parameters = tuple(inspect.signature(decoder.forward).parameters)
         self._handles = [
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
-            decoder.register_forward_hook(self._after, with_kwargs=True),
+            decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
 
     def detach(self) -> None:
@@ -108,22 +130,29 @@ class Routing:
         finally:
             self._generating, self._prompt_length = before
 
+    def _given(self, args, kwargs) -> dict:
+        return dict(zip(self._parameters, args, strict=False)) | kwargs
+
     def _before(self, _module, args, kwargs) -> None:
-        given = dict(zip(self._parameters, args, strict=False)) | kwargs
+        self.mask = self.held = self.choice = None
+        given = self._given(args, kwargs)
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         batch, length = tokens.shape[:2]
         cache = given.get("past_key_values")
         first = self._generating and self._prompt_length is None
         kept = getattr(cache, "routing_choice", None)
-        self.held = None if first or kept is None or (length > 1 and not self._generating) else kept
-        self.mask = None
-        if self.held is not None:
-            if self.held.shape[0] != batch:
+        if kept is not None:
+            _follow(cache)
+        if kept is not None and not first and (length == 1 or self._generating):
+            if kept.shape[0] != batch:
                 raise WiseError(
-                    f"the cache holds routing decisions for {self.held.shape[0]} sequences, but {batch} were given; "
+                    f"the cache holds routing decisions for {kept.shape[0]} sequences, but {batch} were given; "
                     "start from a fresh cache"
                 )
+            self.held = kept
+            self.choice = kept if self.enabled else None
             return
+        self.scores = None
         self.mask = token_mask(given.get("attention_mask"), batch, length, cache, tokens.device)
         if self._prompt is not None:
             prompt = self._prompt.to(tokens.device)[:, :length]
@@ -134,14 +163,17 @@ class Routing:
             self.mask = self.mask & (torch.arange(length, device=tokens.device) < self._prompt_length)
 
     def _after(self, _module, args, kwargs, output) -> None:
-        cache = getattr(output, "past_key_values", None)
-        if cache is None:
-            cache = (dict(zip(self._parameters, args, strict=False)) | kwargs).get("past_key_values")
-        if isinstance(cache, Cache) and self.choice is not None:
-            if not isinstance(cache, RoutedCache):
-                cache.__class__ = _routed(type(cache))
-            cache.routing_choice = self.choice
-        self.mask = self.held = None
+        mask, held, self.mask, self.held = self.mask, self.held, None, None
+        if output is None or held is not None:  # the forward raised, or the cache has its decision already
+            return
+        made = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
+        candidates = (*made, self._given(args, kwargs).get("past_key_values"))
+        cache = next((c for c in candidates if isinstance(c, Cache)), None)
+        if cache is not None:
+            _follow(cache)
+            # What the main memory read, it goes on with, also when there is a side memory by then.
+            choice = mask.new_full(mask.shape[:1], -1, dtype=torch.int64) if self.choice is None else self.choice
+            cache.routing_choice = choice
 
 
 def token_mask(mask, batch: int, length: int, cache, device) -> Tensor:
@@ -153,8 +185,10 @@ def token_mask(mask, batch: int, length: int, cache, device) -> Tensor:
     if mask.ndim == 2:
         return mask[:, mask.shape[1] - length :].bool()
     # 4D: a token that may not attend to itself is padding; key positions start behind what the cache holds.
-    seen = cache.get_seq_length() if cache is not None else 0
-    keys = torch.arange(length, device=mask.device) + seen
+    keys = torch.arange(length, device=mask.device)
+    if cache is not None and cache.layers:
+        layer = cache.is_sliding.index(False) if False in cache.is_sliding else 0
+        keys = keys + cache.get_seq_length(layer) - cache.get_mask_sizes(length, layer)[1]
     own = mask[:, 0].gather(2, keys[None, :, None].expand(mask.shape[0], -1, 1))[..., 0]
     own = own if own.dtype == torch.bool else own == 0
     return own.expand(batch, length)

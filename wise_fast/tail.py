@@ -8,14 +8,18 @@ rest (masks, residuals, later layers, final norm, soft-capping), so no architect
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from wise_fast.architectures import Architecture, evaluating
+
+Axes = dict[str, list[list[tuple[int, bool] | None]]]
 
 
 class _Reached(Exception):
@@ -31,6 +35,7 @@ class Capture:
         a: [B*T, d_ff], the projection's input.
         main: [B*T, d_out], the frozen projection's output.
         tape: per module name, the outputs of its calls in order.
+        axes: per module name, call and tensor therein, where its sequences are (see `Tail.axes`).
         shape: shape in which the model hands activations to the projection, less its last dimension.
     """
 
@@ -39,22 +44,16 @@ class Capture:
     a: Tensor
     main: Tensor
     tape: dict[str, list]
+    axes: Axes
     shape: tuple[int, ...]
 
     def rows(self, index: Tensor) -> Capture:
         """The same for a subset of the batch's sequences. `index`: [b] int64."""
         batch, length = self.input_ids.shape
 
-        def pick(value):
-            if isinstance(value, Tensor):
-                if value.ndim and value.shape[0] == batch:
-                    return value[index]
-                if value.ndim and value.shape[0] == batch * length:
-                    return value.view(batch, length, *value.shape[1:])[index].flatten(0, 1)
-                return value
-            if isinstance(value, (tuple, list)):
-                return type(value)(pick(v) for v in value)
-            return value
+        def pick(output, axes):
+            leaves, structure = tree_flatten(output)
+            return tree_unflatten([_pick(v, a, index, length) for v, a in zip(leaves, axes, strict=True)], structure)
 
         shape = (len(index), *self.shape[1:]) if len(self.shape) == 2 else (len(index) * length,)
         return replace(
@@ -63,7 +62,7 @@ class Capture:
             attention_mask=self.attention_mask[index],
             a=self.a.view(batch, length, -1)[index].flatten(0, 1),
             main=self.main.view(batch, length, -1)[index].flatten(0, 1),
-            tape={name: [pick(v) for v in calls] for name, calls in self.tape.items()},
+            tape={name: list(map(pick, calls, self.axes[name])) for name, calls in self.tape.items()},
             shape=shape,
         )
 
@@ -78,6 +77,26 @@ class Tail:
     @torch.no_grad()
     def capture(self, input_ids: Tensor, attention_mask: Tensor) -> Capture:
         """Run the frozen part once. Both arguments are [B, T]; rows are padded on the right."""
+        a, tape = self._record(input_ids, attention_mask)
+        flat = a.reshape(-1, a.shape[-1])
+        projection = self._projection()
+        main = getattr(projection, "base_layer", projection)(flat)
+        return Capture(input_ids, attention_mask, flat, main, tape, self.axes, tuple(a.shape[:-1]))
+
+    @functools.cached_property
+    def axes(self) -> Axes:
+        """Per taped tensor (dimension, whether it runs over all tokens), or None for what all sequences share.
+
+        Sizes cannot tell ([T, T] of T sequences, [1, T] of one), so two batches of different shapes are compared.
+        """
+        device = self.model.get_input_embeddings().weight.device
+        first, second = (torch.zeros(size, dtype=torch.long, device=device) for size in ((2, 3), (3, 5)))
+        with torch.no_grad():
+            (_, one), (_, two) = (self._record(ids, torch.ones_like(ids)) for ids in (first, second))
+        return {name: [_axes(*pair) for pair in zip(calls, two[name], strict=True)] for name, calls in one.items()}
+
+    def _record(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, dict[str, list]]:
+        """The projection's input and the tape."""
         tape: dict[str, list] = {}
         found: list[Tensor] = []
         with ExitStack() as stack:
@@ -85,35 +104,35 @@ class Tail:
             for name, module in self._upstream():
                 stack.enter_context(_forward(module, self._recorder(name, module.forward, tape)))
             stack.enter_context(_forward(self._projection(), _stop_at(found)))
-            try:
-                self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-            except _Reached:
-                pass
-        a = found[0]
-        flat = a.reshape(-1, a.shape[-1])
-        projection = self._projection()
-        main = getattr(projection, "base_layer", projection)(flat)
-        return Capture(input_ids, attention_mask, flat, main, tape, tuple(a.shape[:-1]))
+            stack.enter_context(suppress(_Reached))
+            self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return found[0], tape
 
-    def replay(self, capture: Capture, y: Tensor, positions: Tensor) -> Tensor:
+    def replay(self, capture: Capture, y: Tensor, positions: Tensor, vocabulary: Tensor | None = None) -> Tensor:
         """Logits at label positions, given the projection's output.
 
         Args:
             capture: of the same rows.
             y: [B*T, d_out], differentiable; the projection's output in the model's dtype.
             positions: [M] int64 into the flattened [B*T] tokens.
+            vocabulary: [V] int64 tokens whose logits are wanted; None for all of them.
 
         Returns:
-            [M, vocabulary] logits, exactly those of a full forward whose projection returned `y`.
+            [M, V] logits, exactly those of a full forward whose projection returned `y`.
         """
         y = y.view(*capture.shape, y.shape[-1])
-        modules = dict(self.model.named_modules())
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
             for name, calls in capture.tape.items():
-                stack.enter_context(_forward(modules[name], _player(calls)))
+                module = self.model.get_submodule(name)
+                stack.enter_context(_forward(module, _player(calls, module.forward)))
             stack.enter_context(_forward(self._projection(), lambda _a: y))
             stack.enter_context(self.head_at(positions))
+            if vocabulary is not None:
+                head = self.model.get_submodule(self.architecture.head)
+                bias = None if head.bias is None else head.bias[vocabulary]
+                rows = head.weight[vocabulary]
+                stack.enter_context(_forward(head, lambda h: nn.functional.linear(h, rows, bias)))
             output = self.model(
                 input_ids=capture.input_ids, attention_mask=capture.attention_mask, use_cache=False, return_dict=True
             )
@@ -137,10 +156,12 @@ class Tail:
     def _upstream(self) -> Iterator[tuple[str, nn.Module]]:
         """Largest modules that do not hold the projection: all children of its ancestors, less the ancestors."""
         path = self.architecture.projection.split(".")
+        seen: set[nn.Module] = set()
         for depth in range(len(path)):
             ancestor = ".".join(path[:depth])
             for child, module in self.model.get_submodule(ancestor).named_children():
-                if child != path[depth]:
+                if child != path[depth] and module not in seen:
+                    seen.add(module)
                     yield f"{ancestor}.{child}".lstrip("."), module
 
     def _recorder(self, name: str, forward: Callable, tape: dict[str, list]) -> Callable:
@@ -156,14 +177,40 @@ class Tail:
         return record
 
 
+def _axes(one, two) -> list[tuple[int, bool] | None]:
+    """Where the sequences of a module's output are, from its outputs for batches of 2 by 3 and of 3 by 5 tokens."""
+    axes = []
+    for a, b in zip(tree_flatten(one)[0], tree_flatten(two)[0], strict=True):
+        sizes = list(zip(a.shape, b.shape)) if isinstance(a, Tensor) else []
+        places = [(i, size == (6, 15)) for i, size in enumerate(sizes) if size in ((2, 3), (6, 15))]
+        axes.append(places[0] if places else None)
+    return axes
+
+
+def _pick(value, axis: tuple[int, bool] | None, index: Tensor, length: int):
+    if axis is None:
+        return value
+    dim, tokens = axis
+    index = index.to(value.device)
+    if not tokens:
+        return value.index_select(dim, index)
+    return value.unflatten(dim, (-1, length)).index_select(dim, index).flatten(dim, dim + 1)
+
+
 def _emptied(output):
     """The same structure without the hidden states' tokens."""
     return (output[0][:, :0], *output[1:]) if isinstance(output, tuple) else output[:, :0]
 
 
-def _player(calls: list) -> Callable:
+def _player(calls: list, forward: Callable) -> Callable:
     answers = iter(calls)
-    return lambda *_args, **_kwargs: next(answers)
+
+    def play(*args, **kwargs):
+        for answer in answers:
+            return answer
+        return forward(*args, **kwargs)  # the tail asks once more
+
+    return play
 
 
 def _stop_at(found: list[Tensor]) -> Callable:

@@ -10,14 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import wise_kernels as kernels
 from torch import Tensor
 
+import wise_kernels as kernels
 from wise_fast import objective
 from wise_fast.config import WiseConfig
 from wise_fast.memory import SideMemory
 from wise_fast.tail import Capture, Tail
 from wise_fast.tokens import Batch, Example, collate
+
+_EDITS_AT_ONCE = 8  # in a forward of all rows
+_WHOLE_VOCABULARY = 16384  # up to here the whole head is computed at every step
+_LIKELY_TOKENS = 128  # per label position
 
 
 class EditDiverged(Exception):
@@ -30,15 +34,43 @@ class EditDiverged(Exception):
 
 @dataclass(frozen=True)
 class Texts:
-    """Activations of unrelated prompts: `a` [n, d_ff] of prompt tokens only, `text` [n] int64, `count` texts."""
+    """Unrelated prompts that the edit must leave quiet.
+
+    Attributes:
+        a: [n, d_ff] activations of their tokens.
+        text: [n] int64, each token's text.
+        limit: [count] fp32, how loud each may be, in multiples of the margin alpha.
+    """
 
     a: Tensor
     text: Tensor
-    count: int
+    limit: Tensor
 
     def join(self, other: Texts) -> Texts:
-        text = torch.cat([self.text, other.text + self.count])
-        return Texts(torch.cat([self.a, other.a]), text, self.count + other.count)
+        text = torch.cat([self.text, other.text + len(self.limit)])
+        return Texts(torch.cat([self.a, other.a]), text, torch.cat([self.limit, other.limit]))
+
+
+@dataclass(frozen=True)
+class Likely:
+    """The part of the vocabulary that steps compute, since a large head costs more than the tail itself.
+
+    Attributes:
+        tokens: [V] int64 sorted, the likeliest tokens at every label position, and the labels.
+        rest: [M] fp32, log-sum-exp of all other logits at each label position when last computed.
+        labels: [M] int64, places of the labels in `tokens`.
+    """
+
+    tokens: Tensor
+    rest: Tensor
+    labels: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor, top: int) -> Likely:
+        tokens = torch.cat([logits.topk(top, -1).indices.flatten(), labels]).unique()
+        total, inside = logits.float().logsumexp(-1), logits[:, tokens].float().logsumexp(-1)
+        rest = total + torch.log1p(-(inside - total).exp().clamp_max(1 - 1e-6))
+        return cls(tokens, rest, torch.searchsorted(tokens, labels))
 
 
 @dataclass(frozen=True)
@@ -101,6 +133,7 @@ class Trainer:
         buffers = 2 if config.optimizer == "adam" else int(config.momentum > 0)
         self.moments = [torch.zeros_like(self.z) for _ in range(buffers)]
         self.lr = self._learning_rate()
+        self.likely: Likely | None = None
 
     def _learning_rate(self) -> float:
         """One Adam step moves every weight by lr, so a token's output by about lr ||f||_1 sqrt(d_out)."""
@@ -121,22 +154,20 @@ class Trainer:
             EditDiverged: an edit's loss is NaN or infinite.
         """
         config = self.config
-        first, last, steps = [0.0] * self.count, [0.0] * self.count, [0] * self.count
+        first, fine = last, _ = self._verify()
+        steps = [0] * self.count
         active = list(range(self.count))
         for step in range(1, config.max_steps + 1):
-            nll, holds = self._step(active, self._draw(active), step)
-            for i, edit in enumerate(active):
-                if step == 1:
-                    first[edit] = nll[i]
-                last[edit], steps[edit] = nll[i], step
+            holds = self._step(active, self._draw(active), step)
+            for edit in active:
+                steps[edit] = step
             if step >= config.min_steps and config.nll > 0:
-                active = [edit for i, edit in enumerate(active) if not holds[i]]
-            if not active:
+                active = [edit for edit, held in zip(active, holds, strict=True) if not held]
+            if not active or step == config.max_steps:
                 last, fine = self._verify()
                 active = [edit for edit in range(self.count) if not fine[edit]]
                 if not active:
                     break
-        last, fine = self._verify()
         return Fit(self._folded(), self._taught(), self._keys(), steps, first, last, fine)
 
     def _draw(self, active: list[int]) -> list[int]:
@@ -147,27 +178,36 @@ class Trainer:
             rows += [edit * self.variants, *(edit * self.variants + 1 + order).tolist()]
         return rows
 
-    def _losses(self, rows: list[int], response: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Per row: NLL, score, and whether every label is the argmax. `response` [len(rows) * T, d_out]."""
-        index = torch.tensor(rows, device=response.device)
-        capture = self.capture.rows(index)
+    def _labels(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Labels of these rows: places in the batch's labels, their row, and their position in the rows' tokens."""
+        place = torch.full((self.batch.input_ids.shape[0],), -1, device=self.z.device)
+        place[rows] = torch.arange(len(rows), device=self.z.device)
+        chosen = (place[self.batch.row] >= 0).nonzero()[:, 0]
+        row = place[self.batch.row[chosen]]
         length = self.batch.input_ids.shape[1]
-        place = torch.full((self.batch.input_ids.shape[0],), -1, device=response.device)
-        place[index] = torch.arange(len(rows), device=response.device)
-        chosen = place[self.batch.row] >= 0
-        row = place[self.batch.row][chosen]
-        positions = row * length + self.batch.positions[chosen] % length
-        labels = self.batch.labels[chosen]
+        return chosen, row, row * length + self.batch.positions[chosen] % length
+
+    def _losses(self, rows: list[int], response: Tensor, full: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Per row: NLL, score, and whether every label is the argmax; and the logits at the labels' positions."""
+        capture = self.capture.rows(torch.tensor(rows, device=self.z.device))
+        chosen, row, positions = self._labels(rows)
         y = (capture.main.float() + response).to(capture.main.dtype)
-        logits = self.tail.replay(capture, y, positions)
-        nll = objective.row_mean(objective.token_nll(logits, labels), row, len(rows))
+        if full or self.likely is None:
+            labels = self.batch.labels[chosen]
+            logits = self.tail.replay(capture, y, positions)
+            nll = objective.token_nll(logits, labels)
+        else:
+            labels = self.likely.labels[chosen]
+            logits = self.tail.replay(capture, y, positions, self.likely.tokens)
+            nll = objective.restricted_nll(logits, labels, self.likely.rest[chosen])
         right = objective.row_mean((logits.argmax(-1) == labels).float(), row, len(rows)) > 0.999
-        score = objective.scores(response, self.batch.prompt_mask[index], self.config.reduction)
-        return nll, score, right
+        score = objective.scores(response, self.batch.prompt_mask[rows], self.config.reduction)
+        return objective.row_mean(nll, row, len(rows)), score, right, logits
 
     def _quiet_score(self, response: Tensor) -> Tensor:
+        """Scores of the quiet texts over what each may reach, so that alpha is the margin of all."""
         norms = (response.square().sum(-1) + 1e-12).sqrt()
-        return objective.row_mean(norms, self.quiet.text, self.quiet.count)
+        return objective.row_mean(norms, self.quiet.text, len(self.quiet.limit)) / self.quiet.limit
 
     def _response(self, tokens: Tensor) -> Tensor:
         return self.before[tokens] + self.memory.respond(self.features[tokens], self.z)
@@ -177,13 +217,14 @@ class Trainer:
         start = torch.tensor(rows, device=self.z.device)[:, None] * length
         return (start + torch.arange(length, device=self.z.device)).flatten()
 
-    def _step(self, active: list[int], rows: list[int], step: int) -> tuple[list[float], list[bool]]:
+    def _step(self, active: list[int], rows: list[int], step: int) -> list[bool]:
+        """One optimiser step on these rows; says per active edit whether it held before the step."""
         tokens = self._tokens(rows)
         response = self._response(tokens).requires_grad_()
         quiet = (self.quiet_before + self.memory.respond(self.quiet_features, self.z)).requires_grad_()
-        nll, score, right = self._losses(rows, response)
+        nll, score, right, _ = self._losses(rows, response, full=False)
         quiet_score = self._quiet_score(quiet)
-        loudest = quiet_score.max() if self.quiet.count else quiet_score.new_zeros(())
+        loudest = quiet_score.max() if len(quiet_score) else quiet_score.new_zeros(())
         margin = objective.edit_margin(score, self.config, self.unit)
         margin = margin + objective.gap_margin(score, loudest, self.config, self.unit)
         loss = (nll + margin).view(len(active), -1).mean(1)
@@ -192,7 +233,7 @@ class Trainer:
         gradients = torch.autograd.grad(total, (response, quiet))
         holds = self._holds(nll, score, right, len(active)) & self._hushed(quiet_score)
         self._update(torch.cat([self.features[tokens], self.quiet_features]), torch.cat(gradients), step)
-        return nll.detach().view(len(active), -1).mean(1).tolist(), holds.tolist()
+        return holds.tolist()
 
     def _holds(self, nll: Tensor, score: Tensor, right: Tensor, edits: int) -> Tensor:
         """Per edit: every label is the argmax, the mean NLL is low enough and the score reaches its margin."""
@@ -225,16 +266,22 @@ class Trainer:
 
     @torch.no_grad()
     def _verify(self) -> tuple[list[float], list[bool]]:
-        """NLL and success of every edit over all of its rows, in chunks of whole edits."""
-        nll, fine = [], []
-        for first in range(0, self.count, 4):
-            edits = min(4, self.count - first)
+        """NLL and success of every edit over all of its rows and the whole vocabulary, in chunks of whole edits.
+
+        Also chooses anew which tokens the next steps compute.
+        """
+        nll, fine, logits = [], [], []
+        for first in range(0, self.count, _EDITS_AT_ONCE):
+            edits = min(_EDITS_AT_ONCE, self.count - first)
             rows = list(range(first * self.variants, (first + edits) * self.variants))
-            losses, score, right = self._losses(rows, self._response(self._tokens(rows)))
+            losses, score, right, chunk = self._losses(rows, self._response(self._tokens(rows)), full=True)
             mean = losses.view(edits, -1).mean(1)
             self._check_finite(mean, list(range(first, first + edits)))
             nll += mean.tolist()
             fine += self._holds(losses, score, right, edits).tolist()
+            logits.append(chunk)
+        if logits[0].shape[1] > _WHOLE_VOCABULARY:
+            self.likely = Likely.of(torch.cat(logits), self.batch.labels, _LIKELY_TOKENS)
         return nll, fine
 
     def _folded(self) -> Tensor:
@@ -248,5 +295,7 @@ class Trainer:
         keys = []
         for edit in range(self.count):
             row = edit * self.variants
-            keys.append(self.selected.view(-1, length, self.selected.shape[-1])[row][self.batch.prompt_mask[row]].clone())
+            keys.append(
+                self.selected.view(-1, length, self.selected.shape[-1])[row][self.batch.prompt_mask[row]].clone()
+            )
         return keys

@@ -1,0 +1,26 @@
+"""Entry point of the `wise-fast` command; the commands themselves are in `wise_fast.commands`."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line and exit with its code (see `wise-fast --help`); 1 when the `cli` extra is missing."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a model may say anything, a terminal may not show everything
+            stream.reconfigure(errors="replace")
+    try:
+        from wise_fast.commands import app
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("typer", "rich"):
+            raise
+        sys.stderr.write(f"wise-fast needs {error.name}, not installed here: pip install 'wise_fast[cli]'\n")
+        sys.exit(1)
+    except KeyboardInterrupt:  # while importing; later ones are the commands' business
+        sys.exit(130)
+    app(prog_name="wise-fast")
+
+
+if __name__ == "__main__":
+    main()
