@@ -24,11 +24,12 @@ from wise_fast.memory import Bank, SideMemory
 from wise_fast.routing import Routing
 from wise_fast.state import EditorState, EditReport, Shard
 from wise_fast.tail import Tail
+from wise_fast.texts import Texts
 
 logger = logging.getLogger(__name__)
 
-_QUIET_TEXTS, _QUIET_TOKENS = 16, 24
-_UNIT_SHARE = 0.5
+_QUIET_TEXTS, _QUIET_TOKENS = 16, 16
+_REHEARSED = 96  # unrelated texts of earlier edits in the shard that a batch keeps quiet
 _FAILED = "not fitted: its target or its routing margin did not hold within max_steps"
 
 
@@ -94,7 +95,8 @@ class WiseEditor:
                 count = min(self.config.batch_size, len(kept) - first, self._room(state))
                 rows = slice(first, first + count)
                 state, batch = self._edit_batch(state, kept[rows], examples[rows])
-                self._commit(state)
+                if len(state.reports) > len(self._state.reports):  # a batch that diverged as a whole leaves no trace
+                    self._commit(state)
                 reports.update(zip(places[rows], batch, strict=True))
                 first += count
                 advance(count)
@@ -145,12 +147,13 @@ class WiseEditor:
         alive = list(range(len(edits)))
         fit = None
         while alive and fit is None:
+            quiet = self._quiet_texts([edits[i] for i in alive], state.shard.quiet)
             trainer = training.Trainer(
                 self.tail,
                 state.shard.memory,
                 state.shard.p,
                 [examples[i] for i in alive],
-                self._quiet_texts([edits[i] for i in alive]),
+                self._quiet_pool if quiet is None else self._quiet_pool.join(quiet),
                 self.config,
                 self.unit,
                 torch.Generator().manual_seed(_seed(self.config.seed, "draw", len(state.reports))),
@@ -168,7 +171,7 @@ class WiseEditor:
                 for i, *figures in zip(alive, fit.steps, fit.first, fit.last, strict=True)
             ]
             first = len(state.reports)
-            state = self._learned(state, fit, taken)
+            state = self._learned(state, fit, taken, quiet)
             seconds = (time.perf_counter() - start) / len(edits)
             made = tuple(r.replace(seconds=seconds) for r in state.reports[first:])
             state = state.replace(reports=state.reports[:first] + made)
@@ -176,7 +179,7 @@ class WiseEditor:
                 reports[i] = report
         return state, reports
 
-    def _learned(self, state: EditorState, fit: training.Fit, reports: list[EditReport]) -> EditorState:
+    def _learned(self, state: EditorState, fit: training.Fit, reports: list[EditReport], quiet) -> EditorState:
         """The state with a fitted batch in its open shard."""
         shard, first = state.shard, len(state.reports)
         prompts = {r.edit.prompt for r in reports}
@@ -199,7 +202,7 @@ class WiseEditor:
             p = protection.absorb(p, fit.taught, self.config.protect_lambda)
             if state.merged or state.closed:
                 memory = memory.replace(factor=protection.taught_factor(p))
-        return state.replace(shard=Shard(memory, p, keys), reports=made)
+        return state.replace(shard=Shard(memory, p, keys, quiet), reports=made)
 
     def _score(self, memory: SideMemory, key: Tensor) -> float:
         mask = torch.ones(1, key.shape[0], dtype=torch.bool, device=key.device)
@@ -212,49 +215,57 @@ class WiseEditor:
     # -- what the model itself is asked once --------------------------------------------------------------------
 
     @functools.cached_property
-    def prefixes(self) -> list[str]:
-        """Augmentation texts, sampled from the model with the config's seed."""
-        generator = torch.Generator().manual_seed(_seed(self.config.seed, "prefix", 0))
+    def _samples(self) -> list[str]:
+        """Prefixes, then unrelated texts, sampled from the model with the config's seed."""
+        generator = torch.Generator().manual_seed(_seed(self.config.seed, "texts"))
+        lengths = [self.config.prefix_tokens] * self.config.prefixes + [_QUIET_TOKENS] * _QUIET_TEXTS
         with self.disabled():
-            return sample_texts(self.model, self.tokenizer, self.config.prefixes, self.config.prefix_tokens, generator)
+            return sample_texts(self.model, self.tokenizer, lengths, generator)
+
+    @property
+    def prefixes(self) -> list[str]:
+        """Augmentation texts that the model wrote itself."""
+        return self._samples[: self.config.prefixes]
 
     @functools.cached_property
-    def _quiet_pool(self) -> training.Texts:
-        generator = torch.Generator().manual_seed(_seed(self.config.seed, "quiet", 0))
-        with self.disabled():
-            texts = sample_texts(self.model, self.tokenizer, _QUIET_TEXTS, _QUIET_TOKENS, generator)
-        return self._texts([text for text in texts if text.strip()])
+    def _quiet_pool(self) -> Texts:
+        return self._texts({text: 1.0 for text in self._samples[self.config.prefixes :] if text.strip()})
 
     @functools.cached_property
     def unit(self) -> float:
-        """What margins and learning rate are measured in: a share of the main memory's own mean response norm."""
+        """What margins and learning rate are measured in: the main memory's own median response norm."""
         if self.config.units == "absolute":
             return 1.0
         projection = self.projection.base_layer
         response = projection(self._quiet_pool.a.to(projection.weight.dtype)).detach()
-        return _UNIT_SHARE * float(response.float().norm(dim=-1).median())
+        return float(response.float().norm(dim=-1).median())
 
-    def _quiet_texts(self, edits: Sequence[Edit]) -> training.Texts:
-        irrelevant = [edit.irrelevant for edit in edits if edit.irrelevant]
-        known = {r.edit.prompt for r in self._state.reports} | {e.prompt for e in edits}
-        near = [text for edit in edits for text in self._neighbours(edit) if text not in known]
-        if not irrelevant and not near:
-            return self._quiet_pool
-        limits = [1.0] * len(irrelevant) + [self.config.near_limit] * len(near)
-        return self._quiet_pool.join(self._texts(irrelevant + near, limits))
+    def _quiet_texts(self, edits: Sequence[Edit], before: Texts | None) -> Texts | None:
+        """Unrelated texts of these edits behind those of `before`, less any prompt that is now to be edited."""
+        limits = {edit.irrelevant: 1.0 for edit in edits if edit.irrelevant}
+        limits |= {text: self.config.near_limit for edit in edits for text in self._neighbours(edit)}
+        edited = {r.edit.prompt for r in self._state.reports} | {e.prompt for e in edits}
+        limits = {text: limit for text, limit in limits.items() if text not in edited}
+        if before is not None:
+            before = before.only([i for i, name in enumerate(before.names) if name not in edited | limits.keys()])
+        if not limits:
+            return before
+        texts = self._texts(limits)
+        texts = texts if before is None else before.join(texts)
+        return texts.only(list(range(len(texts.names)))[-_REHEARSED:])
 
     def _neighbours(self, edit: Edit) -> list[str]:
         generator = torch.Generator().manual_seed(_seed(self.config.seed, "near", edit.prompt))
         return swap_subject(edit.prompt, edit.subject, self.config.near, generator)
 
-    def _texts(self, texts: Sequence[str], limits: Sequence[float] | None = None) -> training.Texts:
-        rows = [tokens.Example(tokens.encode(self.tokenizer, text)[: self.architecture.context], ()) for text in texts]
+    def _texts(self, limits: dict[str, float]) -> Texts:
+        names = tuple(limits)
+        rows = [tokens.Example(tokens.encode(self.tokenizer, text)[: self.architecture.context], ()) for text in names]
         batch = tokens.collate(rows, tokens.pad_token(self.tokenizer), self.device)
         capture = self.tail.capture(batch.input_ids, batch.attention_mask)
         mask = batch.prompt_mask.flatten()
         text = torch.arange(len(rows), device=self.device)[:, None].expand_as(batch.prompt_mask).flatten()
-        limit = torch.tensor(limits or [1.0] * len(rows), device=self.device)
-        return training.Texts(capture.a[mask], text[mask], limit)
+        return Texts(names, capture.a[mask], text[mask], torch.tensor(list(limits.values()), device=self.device))
 
     # -- state --------------------------------------------------------------------------------------------------
 
@@ -270,8 +281,11 @@ class WiseEditor:
 
     @property
     def projection(self) -> DualMemoryLinear:
-        """The drop-in module."""
-        return self.model.get_submodule(self.architecture.projection)
+        """The drop-in module; WiseError once the editor is unloaded."""
+        module = self.model.get_submodule(self.architecture.projection)
+        if getattr(module, "routing", None) is not self.routing:
+            raise WiseError("the editor was unloaded from its model; make a new one")
+        return module
 
     @property
     def device(self) -> torch.device:

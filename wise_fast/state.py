@@ -8,6 +8,7 @@ from torch import Tensor
 
 from wise_fast.data import Edit
 from wise_fast.memory import SideMemory
+from wise_fast.texts import Texts
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,13 @@ class Shard:
         memory: its values so far.
         p: [K, K] fp32 protection matrix, or None without the protected update.
         keys: per edit held, (index of the edit, prompt activations [n, K]), for thresholds.
+        quiet: neighbours of the latest edits, which later ones must leave quiet as well.
     """
 
     memory: SideMemory
     p: Tensor | None
     keys: tuple[tuple[int, Tensor], ...] = ()
+    quiet: Texts | None = None
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,8 @@ def encode_target(tokenizer, prompt: str, target: str) -> Example:
         tail = whole[len(start) :]
     else:  # the boundary falls inside a token
         tail = tuple(tokenizer(joint + target, add_special_tokens=False)["input_ids"])
-    if not tail:
+    # The joining space may be all that is left of a target that the tokenizer drops.
+    if not tail or (len(tail) == 1 and not tokenizer(target, add_special_tokens=False)["input_ids"]):
         raise EditDataError(f"the target {target!r} of prompt {prompt!r} tokenizes to nothing; give it some text")
     return Example(start, tail)
 

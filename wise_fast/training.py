@@ -17,11 +17,11 @@ from wise_fast import objective
 from wise_fast.config import WiseConfig
 from wise_fast.memory import SideMemory
 from wise_fast.tail import Capture, Tail
+from wise_fast.texts import Texts
 from wise_fast.tokens import Batch, Example, collate
+from wise_fast.vocabulary import WHOLE_VOCABULARY, Likely
 
 _EDITS_AT_ONCE = 8  # in a forward of all rows
-_WHOLE_VOCABULARY = 16384  # up to here the whole head is computed at every step
-_LIKELY_TOKENS = 128  # per label position
 
 
 class EditDiverged(Exception):
@@ -30,47 +30,6 @@ class EditDiverged(Exception):
     def __init__(self, edit: int):
         super().__init__(f"edit {edit} diverged")
         self.edit = edit
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Unrelated prompts that the edit must leave quiet.
-
-    Attributes:
-        a: [n, d_ff] activations of their tokens.
-        text: [n] int64, each token's text.
-        limit: [count] fp32, how loud each may be, in multiples of the margin alpha.
-    """
-
-    a: Tensor
-    text: Tensor
-    limit: Tensor
-
-    def join(self, other: Texts) -> Texts:
-        text = torch.cat([self.text, other.text + len(self.limit)])
-        return Texts(torch.cat([self.a, other.a]), text, torch.cat([self.limit, other.limit]))
-
-
-@dataclass(frozen=True)
-class Likely:
-    """The part of the vocabulary that steps compute, since a large head costs more than the tail itself.
-
-    Attributes:
-        tokens: [V] int64 sorted, the likeliest tokens at every label position, and the labels.
-        rest: [M] fp32, log-sum-exp of all other logits at each label position when last computed.
-        labels: [M] int64, places of the labels in `tokens`.
-    """
-
-    tokens: Tensor
-    rest: Tensor
-    labels: Tensor
-
-    @classmethod
-    def of(cls, logits: Tensor, labels: Tensor, top: int) -> Likely:
-        tokens = torch.cat([logits.topk(top, -1).indices.flatten(), labels]).unique()
-        total, inside = logits.float().logsumexp(-1), logits[:, tokens].float().logsumexp(-1)
-        rest = total + torch.log1p(-(inside - total).exp().clamp_max(1 - 1e-6))
-        return cls(tokens, rest, torch.searchsorted(tokens, labels))
 
 
 @dataclass(frozen=True)
@@ -154,7 +113,8 @@ class Trainer:
             EditDiverged: an edit's loss is NaN or infinite.
         """
         config = self.config
-        first, fine = last, _ = self._verify()
+        first = last = self._begin()
+        fine = [False] * self.count
         steps = [0] * self.count
         active = list(range(self.count))
         for step in range(1, config.max_steps + 1):
@@ -197,7 +157,7 @@ class Trainer:
             logits = self.tail.replay(capture, y, positions)
             nll = objective.token_nll(logits, labels)
         else:
-            labels = self.likely.labels[chosen]
+            labels = self.likely.places[chosen]
             logits = self.tail.replay(capture, y, positions, self.likely.tokens)
             nll = objective.restricted_nll(logits, labels, self.likely.rest[chosen])
         right = objective.row_mean((logits.argmax(-1) == labels).float(), row, len(rows)) > 0.999
@@ -207,7 +167,7 @@ class Trainer:
     def _quiet_score(self, response: Tensor) -> Tensor:
         """Scores of the quiet texts over what each may reach, so that alpha is the margin of all."""
         norms = (response.square().sum(-1) + 1e-12).sqrt()
-        return objective.row_mean(norms, self.quiet.text, len(self.quiet.limit)) / self.quiet.limit
+        return objective.row_mean(norms, self.quiet.text, len(self.quiet.names)) / self.quiet.limit
 
     def _response(self, tokens: Tensor) -> Tensor:
         return self.before[tokens] + self.memory.respond(self.features[tokens], self.z)
@@ -220,19 +180,25 @@ class Trainer:
     def _step(self, active: list[int], rows: list[int], step: int) -> list[bool]:
         """One optimiser step on these rows; says per active edit whether it held before the step."""
         tokens = self._tokens(rows)
-        response = self._response(tokens).requires_grad_()
+        features = self.features[tokens]
+        if self.config.feature_dropout > 0:
+            keep = 1 - self.config.feature_dropout
+            draw = torch.rand(features.shape, generator=self.generator).to(features.device)
+            features = features * (draw < keep) / keep
+        response = (self.before[tokens] + self.memory.respond(features, self.z)).requires_grad_()
         quiet = (self.quiet_before + self.memory.respond(self.quiet_features, self.z)).requires_grad_()
         nll, score, right, _ = self._losses(rows, response, full=False)
         quiet_score = self._quiet_score(quiet)
         loudest = quiet_score.max() if len(quiet_score) else quiet_score.new_zeros(())
         margin = objective.edit_margin(score, self.config, self.unit)
         margin = margin + objective.gap_margin(score, loudest, self.config, self.unit)
-        loss = (nll + margin).view(len(active), -1).mean(1)
+        weight = self.config.margin_weight
+        loss = (nll + weight * margin).view(len(active), -1).mean(1)
         self._check_finite(loss, active)
-        total = loss.sum() + objective.irrelevant_margin(quiet_score, self.config, self.unit).sum()
+        total = loss.sum() + weight * objective.irrelevant_margin(quiet_score, self.config, self.unit).sum()
         gradients = torch.autograd.grad(total, (response, quiet))
         holds = self._holds(nll, score, right, len(active)) & self._hushed(quiet_score)
-        self._update(torch.cat([self.features[tokens], self.quiet_features]), torch.cat(gradients), step)
+        self._update(torch.cat([features, self.quiet_features]), torch.cat(gradients), step)
         return holds.tolist()
 
     def _holds(self, nll: Tensor, score: Tensor, right: Tensor, edits: int) -> Tensor:
@@ -265,10 +231,31 @@ class Trainer:
             kernels.masked_update_element_(self.z, self.memory.index, features, gradient, *self.moments, **settings)
 
     @torch.no_grad()
+    def _begin(self) -> list[float]:
+        """NLL of every edit's bare prompt before training; chooses the tokens that the first steps compute."""
+        rows = [edit * self.variants for edit in range(self.count)]
+        nll, _, _, logits = self._losses(rows, self._response(self._tokens(rows)), full=True)
+        if logits.shape[1] > WHOLE_VOCABULARY:
+            chosen, row, _ = self._labels(rows)
+            # A prefixed row's n-th label takes the rest of the bare row's n-th.
+            start, count = self._starts(row, self.count), torch.bincount(row, minlength=self.count)
+            rank = torch.arange(len(self.batch.row), device=self.z.device)
+            rank = rank - self._starts(self.batch.row, self.count * self.variants)[self.batch.row]
+            edit = self.batch.row // self.variants
+            source = start[edit] + torch.minimum(rank, count[edit] - 1)
+            self.likely = Likely.of(logits, self.batch.labels[chosen]).spread(source, self.batch.labels)
+        return nll.tolist()
+
+    @staticmethod
+    def _starts(row: Tensor, rows: int) -> Tensor:
+        """Where each row's labels begin, given labels sorted by row."""
+        return torch.searchsorted(row.contiguous(), torch.arange(rows, device=row.device))
+
+    @torch.no_grad()
     def _verify(self) -> tuple[list[float], list[bool]]:
         """NLL and success of every edit over all of its rows and the whole vocabulary, in chunks of whole edits.
 
-        Also chooses anew which tokens the next steps compute.
+        Where some edit does not hold, also chooses anew which tokens the next steps compute.
         """
         nll, fine, logits = [], [], []
         for first in range(0, self.count, _EDITS_AT_ONCE):
@@ -280,8 +267,8 @@ class Trainer:
             nll += mean.tolist()
             fine += self._holds(losses, score, right, edits).tolist()
             logits.append(chunk)
-        if logits[0].shape[1] > _WHOLE_VOCABULARY:
-            self.likely = Likely.of(torch.cat(logits), self.batch.labels, _LIKELY_TOKENS)
+        if self.likely is not None and not all(fine):
+            self.likely = Likely.of(torch.cat(logits), self.batch.labels)
         return nll, fine
 
     def _folded(self) -> Tensor:
