@@ -17,6 +17,7 @@ QUICK = WiseConfig(
     alpha=0.5,
     beta=2.0,
     gamma=1.0,
+    margin_weight=10.0,
     mask_ratio=0.6,
     prefixes=1,
     prefix_tokens=3,

@@ -1,4 +1,4 @@
-"""What `editor.edit` promises: its reports, its batches and shards, taking back, and the same bits for the same seed."""
+"""What `editor.edit` promises: reports, batches, taking back, and the same bits for the same seed."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ class TestReports:
         assert same(logits(taught.model, ELSEWHERE), plain)
 
     def test_edits_come_in_any_form(self, taught):
-        for given in ([f.to_dict() for f in FACTS], iter(FACTS), [FACTS[0], FACTS[1].to_dict(), *FACTS[2:]]):
+        for given in ([f.to_dict() for f in FACTS], iter([FACTS[0], FACTS[1].to_dict(), *FACTS[2:]])):
             editor = make_editor(given)
             assert [r.edit for r in editor.edits] == list(FACTS)
             assert torch.equal(editor.memories[0].values, taught.memories[0].values)
@@ -70,6 +70,12 @@ class TestReports:
         editor = make_editor()
         state = editor._state
         assert editor.edit([]) == [] and editor._state is state and editor.edits == []
+
+    def test_a_progress_bar_changes_nothing(self, taught, capsys):
+        editor = make_editor(batch_size=2)
+        assert editor.edit([], progress=True) == []
+        assert [r.success for r in editor.edit(FACTS, progress=True)] == [True] * 4
+        assert "4/4" in capsys.readouterr().out
 
     def test_the_list_of_edits_is_a_copy(self, taught):
         taught.edits.clear()

@@ -23,15 +23,17 @@ def editor():
 
 
 def fail_for(monkeypatch, letter, value, calls=0):
-    """From its `calls`-th call on, the tail gives `value` for every sequence that holds this letter."""
+    """After `calls` calls, the tail gives these logits, or a NaN gradient, for sequences that hold this letter."""
     replay, done = Tail.replay, []
 
     def poisoned(self, capture, y, positions, *rest):
         made = replay(self, capture, y, positions, *rest)
         done.append(None)
         bad = (capture.input_ids == tiny_tokenizer(bos=False)(letter)["input_ids"][0]).any(1)
-        bad = bad[positions // capture.input_ids.shape[1]]
-        return made if len(done) <= calls else torch.where(bad[:, None], value * made.abs().add(1), made)
+        bad = bad[positions // capture.input_ids.shape[1]][:, None].expand_as(made)
+        if len(done) > calls and value == "gradient":
+            return made.masked_scatter(bad, made[bad] + (0 * made[bad]).sqrt())
+        return made if len(done) <= calls else made.masked_fill(bad, value)
 
     monkeypatch.setattr(Tail, "replay", poisoned)
 
@@ -50,8 +52,9 @@ class TestBadInput:
             (7, ["list"]),
             ([FACTS[1], Edit("long " * 120, "x"), FACTS[2]], ["edit 2", "512", "shorten"]),
             ([Edit("x", "long " * 120)], ["edit 1", "512"]),
+            ([FACTS[1], FACTS[1], Edit("long " * 120, "x")], ["edit 3", "512"]),
         ],
-        ids=range(10),
+        ids=range(11),
     )
     def test_is_refused_before_anything_is_learned(self, editor, given, words):
         with untouched(editor), pytest.raises(EditDataError) as caught:
@@ -103,8 +106,8 @@ class TestBadInput:
 
 
 class TestDivergence:
-    @pytest.mark.parametrize("value", [math.nan, math.inf])
-    @pytest.mark.parametrize("calls", [0, 1, 3])
+    @pytest.mark.parametrize("value", [math.nan, math.inf, "gradient"])
+    @pytest.mark.parametrize("calls", [0, 3])
     def test_one_edit_is_taken_back_and_the_others_stay(self, editor, monkeypatch, caplog, value, calls):
         assert not any("Z" in prefix for prefix in editor.prefixes)
         only_others = make_editor([FIRST])
@@ -142,8 +145,9 @@ class TestDivergence:
 
 
 class TestInterrupts:
-    @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])
-    @pytest.mark.parametrize("layout", ["neuron", "element"])
+    @pytest.mark.parametrize(
+        "error, layout", [(KeyboardInterrupt, "neuron"), (KeyboardInterrupt, "element"), (MemoryError, "neuron")]
+    )
     def test_in_the_middle_of_a_batch(self, monkeypatch, error, layout):
         editor = make_editor([FIRST], layout=layout)
         step, steps = Trainer._step, []

@@ -28,21 +28,24 @@ class WiseConfig:
         layout: "neuron" (a random subset of the d_ff inputs) or "element" (a random subset of the weights).
         mask_ratio: rho, share of the columns or weights that a shard may write.
         optimizer: "adam", or the paper's "sgd".
-        lr: learning rate. With relative units, the size of one step's change of the projection's output in `unit`s.
+        lr: learning rate. With relative units and "adam", how far one step moves the projection's output, in `unit`s.
         momentum, weight_decay, clamp: of the masked update; decay and clamp act on the delta alone.
         max_steps: an edit that does not fit within so many steps is reported as failed.
         min_steps: steps before an edit may stop.
-        nll: an edit stops once its target's mean token NLL, over prompt and prefixed prompts, is at most this; 0
+        nll: an edit stops once its target's mean token NLL, over prompt and augmented prompts, is at most this; 0
             never stops early (a fixed number of steps, as in the paper).
         prefixes, prefix_tokens: augmentation texts that the model generates itself, and their length.
-        prefixes_per_step: how many of them each step draws beside the bare prompt.
+        dropped, drop_rate: augmented prompts that lack a random share of their words (never the subject's).
+        prefixes_per_step: how many augmented prompts each step draws beside the bare one.
+        near, near_limit: neighbours (the prompt asked of other subjects) that an edit must leave quiet, and how loud
+            they may be in multiples of alpha.
         alpha, beta, gamma: margins of eq. 5 on the routing score.
-        units: "relative" takes margins and lr in units of the mean norm of the main memory's own response, which
+        margin_weight: of the margins beside the NLL.
+        units: "relative" takes margins and lr in units of the median norm of the main memory's own response, which
             calibrates them to the model; "absolute" takes them as they are.
         act_ratio: a memory's threshold is this share of the least score among its edits.
         protect: protected update (DESIGN section 2), neuron layout only.
         protect_lambda: its lambda, in units of the edit's own mean a P a^T.
-        protect_irrelevant: weight of sampled irrelevant activations in the protected covariance.
         shard_size: edits in a shard before the next opens; None fills one shard.
         shards: shards that are merged into one memory (mode "merge").
         mode: "retrieve" keeps a bank of memories, "merge" TIES-merges them.
@@ -57,7 +60,7 @@ class WiseConfig:
 
     layer: int | None = None
     layout: str = "neuron"
-    mask_ratio: float = 0.6
+    mask_ratio: float = 1.0
     optimizer: str = "adam"
     lr: float = 4.0
     momentum: float = 0.0
@@ -66,23 +69,21 @@ class WiseConfig:
     max_steps: int = 40
     min_steps: int = 3
     nll: float = 0.05
-    prefixes: int = 3
+    prefixes: int = 4
     prefix_tokens: int = 10
-    prefixes_per_step: int = 2
-    dropped: int = 3
+    prefixes_per_step: int = 3
+    dropped: int = 2
     drop_rate: float = 0.25
-    feature_dropout: float = 0.0
-    near: int = 4
-    near_limit: float = 1.5
+    near: int = 2
+    near_limit: float = 3.0
     alpha: float = 0.5
     beta: float = 2.0
     gamma: float = 1.0
     margin_weight: float = 10.0
     units: str = "relative"
-    act_ratio: float = 0.88
+    act_ratio: float = 0.8
     protect: bool = True
     protect_lambda: float = 1.0
-    protect_irrelevant: float = 0.0
     shard_size: int | None = None
     shards: int = 2
     mode: str = "retrieve"
@@ -100,13 +101,15 @@ class WiseConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
         for name in ("mask_ratio", "density", "act_ratio"):
             self._require(name, lambda v: 0 < v <= 1, "above 0 and at most 1")
-        for name in ("lr", "protect_lambda"):
+        for name in ("lr", "protect_lambda", "near_limit"):
             self._require(name, lambda v: v > 0, "above 0")
-        for name in ("alpha", "beta", "gamma", "nll", "momentum", "weight_decay", "protect_irrelevant"):
+        for name in ("alpha", "beta", "gamma", "margin_weight", "nll", "weight_decay"):
             self._require(name, lambda v: v >= 0, "at least 0")
+        for name in ("momentum", "drop_rate"):
+            self._require(name, lambda v: 0 <= v < 1, "from 0 to below 1")
         for name in ("max_steps", "min_steps", "shards", "batch_size", "prefix_tokens"):
             self._require(name, lambda v: isinstance(v, int) and v >= 1, "a whole number from 1")
-        for name in ("prefixes", "prefixes_per_step", "undo_depth", "seed"):
+        for name in ("prefixes", "dropped", "prefixes_per_step", "near", "undo_depth", "seed"):
             self._require(name, lambda v: isinstance(v, int) and v >= 0, "a whole number from 0")
         if self.shard_size is not None:
             self._require("shard_size", lambda v: isinstance(v, int) and v >= 1, "None or a whole number from 1")
@@ -114,6 +117,8 @@ class WiseConfig:
             self._require("clamp", lambda v: v > 0, "None or above 0")
         if self.layer is not None:
             self._require("layer", lambda v: isinstance(v, int), "None or a whole number")
+        if not isinstance(self.protect, bool):
+            raise ConfigError(f"protect is {self.protect!r}, expected true or false")
         if self.mode == "merge" and self.shard_size is None:
             raise ConfigError("mode 'merge' needs shard_size: after how many edits a shard closes")
 
@@ -135,6 +140,8 @@ class WiseConfig:
             nll=0.0,
             prefixes=10,
             prefixes_per_step=10,
+            dropped=0,
+            near=0,
             alpha=5.0,
             beta=20.0,
             gamma=10.0,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import logging
 import os
 import time
@@ -15,25 +13,22 @@ from torch import Tensor, nn
 
 from wise_fast import fingerprint, merging, objective, protection, storage, tokens, training
 from wise_fast.architectures import find_architecture
-from wise_fast.augment import drop_words, sample_texts, swap_subject
 from wise_fast.config import WiseConfig
 from wise_fast.data import Edit, as_edits, deduplicate
-from wise_fast.errors import ConfigError, EditDataError, WiseError
+from wise_fast.errors import ConfigError, WiseError
 from wise_fast.ffn import DualMemoryLinear
-from wise_fast.memory import Bank, SideMemory
-from wise_fast.routing import Routing
+from wise_fast.material import Material, seed_of
+from wise_fast.memory import Bank, SideMemory, storable
+from wise_fast.routing import Generation, Routing
 from wise_fast.state import EditorState, EditReport, Shard
 from wise_fast.tail import Tail
-from wise_fast.texts import Texts
 
 logger = logging.getLogger(__name__)
 
-_QUIET_TEXTS, _QUIET_TOKENS = 16, 16
-_REHEARSED = 96  # unrelated texts of earlier edits in the shard that a batch keeps quiet
 _FAILED = "not fitted: its target or its routing margin did not hold within max_steps"
 
 
-class WiseEditor:
+class WiseEditor(Material):
     """Edits a Hugging Face causal LM in place; the model stays usable through `model(...)` and `model.generate`.
 
     Args:
@@ -82,12 +77,12 @@ class WiseEditor:
         """
         given = as_edits(edits)
         kept, superseded = deduplicate(given)
-        examples = self._examples(kept)
         reports: dict[int, EditReport] = {
             s.position: EditReport(s.edit, note=_superseded(f"edit {s.by_position + 1} of this call", s.contradicting))
             for s in superseded
         }
         places = [i for i in range(len(given)) if i not in reports]
+        examples = self._examples(kept, places)
         with _progress(progress, len(kept)) as advance:
             first = 0
             while first < len(kept):
@@ -102,34 +97,13 @@ class WiseEditor:
                 advance(count)
         return [reports[i] for i in range(len(given))]
 
-    def _examples(self, edits: Sequence[Edit]) -> list[list[tokens.Example]]:
-        rows = []
-        for number, edit in enumerate(edits, 1):
-            texts = [edit.prompt, *(f"{prefix}. {edit.prompt}" for prefix in self.prefixes), *self._shortened(edit)]
-            made = [tokens.encode_target(self.tokenizer, text, edit.target) for text in texts]
-            stop = () if self.stop is None else (self.stop,)
-            made = [tokens.Example(row.prompt, row.target + stop) for row in made]
-            longest, context = max(len(r.prompt) + len(r.target) for r in made), self.architecture.context
-            if context is not None and longest > context:
-                raise EditDataError(
-                    f"edit {number} ({edit.prompt[:60]!r}) has {longest} tokens with its target and prefix, but the "
-                    f"model's context is {context}; shorten it"
-                )
-            rows.append(made)
-        return rows
-
-    def _shortened(self, edit: Edit) -> list[str]:
-        generator = torch.Generator().manual_seed(_seed(self.config.seed, "drop", edit.prompt))
-        rate = self.config.drop_rate
-        return [drop_words(edit.prompt, rate, generator, edit.subject) for _ in range(self.config.dropped)]
-
     def _open_shard(self, state: EditorState) -> EditorState:
         """The state with an open shard that has room, closing and merging full ones."""
         if state.shard is not None and self._room(state) > 0:
             return state
         if state.shard is not None:
             state = merging.close_shard(state, self.config)
-        generator = torch.Generator().manual_seed(_seed(self.config.seed, "mask", state.opened))
+        generator = torch.Generator().manual_seed(seed_of(self.config.seed, "mask", state.opened))
         shape = (self.architecture.d_out, self.architecture.d_ff)
         memory = SideMemory.blank(self.config.layout, shape, self.config.mask_ratio, generator, self.device)
         protect = self.config.protect and memory.layout == "neuron"
@@ -156,7 +130,7 @@ class WiseEditor:
                 self._quiet_pool if quiet is None else self._quiet_pool.join(quiet),
                 self.config,
                 self.unit,
-                torch.Generator().manual_seed(_seed(self.config.seed, "draw", len(state.reports))),
+                torch.Generator().manual_seed(seed_of(self.config.seed, "draw", len(state.reports))),
                 tokens.pad_token(self.tokenizer),
             )
             try:
@@ -187,7 +161,7 @@ class WiseEditor:
         old = [r.replace(note="superseded by a later edit") if i in stale else r for i, r in enumerate(state.reports)]
         keys = tuple(k for k in shard.keys if k[0] not in stale) + tuple(enumerate(fit.keys, first))
         memory = shard.memory.replace(
-            values=fit.values, edits=shard.memory.edits + tuple(range(first, first + len(reports)))
+            values=storable(fit.values), edits=shard.memory.edits + tuple(range(first, first + len(reports)))
         )
         scores = {index: self._score(memory, key) for index, key in keys}
         new = [
@@ -212,61 +186,6 @@ class WiseEditor:
         """`act_ratio * min score` over the edits that hold; failed ones do not drag it down (DESIGN section 2)."""
         return self.config.act_ratio * min(scores)
 
-    # -- what the model itself is asked once --------------------------------------------------------------------
-
-    @functools.cached_property
-    def _samples(self) -> list[str]:
-        """Prefixes, then unrelated texts, sampled from the model with the config's seed."""
-        generator = torch.Generator().manual_seed(_seed(self.config.seed, "texts"))
-        lengths = [self.config.prefix_tokens] * self.config.prefixes + [_QUIET_TOKENS] * _QUIET_TEXTS
-        with self.disabled():
-            return sample_texts(self.model, self.tokenizer, lengths, generator)
-
-    @property
-    def prefixes(self) -> list[str]:
-        """Augmentation texts that the model wrote itself."""
-        return self._samples[: self.config.prefixes]
-
-    @functools.cached_property
-    def _quiet_pool(self) -> Texts:
-        return self._texts({text: 1.0 for text in self._samples[self.config.prefixes :] if text.strip()})
-
-    @functools.cached_property
-    def unit(self) -> float:
-        """What margins and learning rate are measured in: the main memory's own median response norm."""
-        if self.config.units == "absolute":
-            return 1.0
-        projection = self.projection.base_layer
-        response = projection(self._quiet_pool.a.to(projection.weight.dtype)).detach()
-        return float(response.float().norm(dim=-1).median())
-
-    def _quiet_texts(self, edits: Sequence[Edit], before: Texts | None) -> Texts | None:
-        """Unrelated texts of these edits behind those of `before`, less any prompt that is now to be edited."""
-        limits = {edit.irrelevant: 1.0 for edit in edits if edit.irrelevant}
-        limits |= {text: self.config.near_limit for edit in edits for text in self._neighbours(edit)}
-        edited = {r.edit.prompt for r in self._state.reports} | {e.prompt for e in edits}
-        limits = {text: limit for text, limit in limits.items() if text not in edited}
-        if before is not None:
-            before = before.only([i for i, name in enumerate(before.names) if name not in edited | limits.keys()])
-        if not limits:
-            return before
-        texts = self._texts(limits)
-        texts = texts if before is None else before.join(texts)
-        return texts.only(list(range(len(texts.names)))[-_REHEARSED:])
-
-    def _neighbours(self, edit: Edit) -> list[str]:
-        generator = torch.Generator().manual_seed(_seed(self.config.seed, "near", edit.prompt))
-        return swap_subject(edit.prompt, edit.subject, self.config.near, generator)
-
-    def _texts(self, limits: dict[str, float]) -> Texts:
-        names = tuple(limits)
-        rows = [tokens.Example(tokens.encode(self.tokenizer, text)[: self.architecture.context], ()) for text in names]
-        batch = tokens.collate(rows, tokens.pad_token(self.tokenizer), self.device)
-        capture = self.tail.capture(batch.input_ids, batch.attention_mask)
-        mask = batch.prompt_mask.flatten()
-        text = torch.arange(len(rows), device=self.device)[:, None].expand_as(batch.prompt_mask).flatten()
-        return Texts(names, capture.a[mask], text[mask], torch.tensor(list(limits.values()), device=self.device))
-
     # -- state --------------------------------------------------------------------------------------------------
 
     @property
@@ -286,11 +205,6 @@ class WiseEditor:
         if getattr(module, "routing", None) is not self.routing:
             raise WiseError("the editor was unloaded from its model; make a new one")
         return module
-
-    @property
-    def device(self) -> torch.device:
-        """Where the edited projection lives."""
-        return self.projection.weight.device
 
     def _set_state(self, state: EditorState) -> None:
         bank = Bank.pack(state.memories, self.projection.weight.dtype, self.config.route_by)
@@ -330,12 +244,6 @@ class WiseEditor:
             f"cannot take back {to} edits; states are kept from {reachable or 'no'} edits ago. Edits of one batch go "
             "together: use batch_size=1, a larger undo_depth, or checkpoint(name)"
         )
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Serve the unedited model inside the block."""
-        with self.routing.disabled():
-            yield
 
     # -- saving -------------------------------------------------------------------------------------------------
 
@@ -379,7 +287,7 @@ class WiseEditor:
         setattr(holder, attribute, DualMemoryLinear(getattr(holder, attribute), self.routing, self.config.reduction))
         self.routing.attach(self.model.get_submodule(self.architecture.decoder))
         self._generate = self.model.__dict__.get("generate")  # the user's own, if the model has one
-        self.model.generate = _Generation(self.model.generate, self.routing).generate
+        self.model.generate = Generation(self.model.generate, self.routing).generate
 
     def unload(self) -> nn.Module:
         """Put the original projection object back and return the model, as it was before this editor."""
@@ -390,22 +298,6 @@ class WiseEditor:
         if self._generate is not None:
             self.model.generate = self._generate
         return self.model
-
-
-class _Generation:
-    """`model.generate` that tells the routing where a generation begins; a method, so that deepcopy follows it."""
-
-    def __init__(self, inner, routing: Routing):
-        self.inner, self.routing = inner, routing
-
-    def generate(self, *args, **kwargs):
-        with self.routing.generation():
-            return self.inner(*args, **kwargs)
-
-
-def _seed(*parts) -> int:
-    """A stable 63-bit seed from a config's seed, a purpose and a counter."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 def _superseded(by: str, contradicting: bool) -> str:

@@ -192,3 +192,14 @@ def token_mask(mask, batch: int, length: int, cache, device) -> Tensor:
     own = mask[:, 0].gather(2, keys[None, :, None].expand(mask.shape[0], -1, 1))[..., 0]
     own = own if own.dtype == torch.bool else own == 0
     return own.expand(batch, length)
+
+
+class Generation:
+    """`model.generate` that tells the routing where a generation begins; a method, so that deepcopy follows it."""
+
+    def __init__(self, inner, routing: Routing):
+        self.inner, self.routing = inner, routing
+
+    def generate(self, *args, **kwargs):
+        with self.routing.generation():
+            return self.inner(*args, **kwargs)

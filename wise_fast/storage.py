@@ -3,8 +3,8 @@
 wise_config.json        format and version, settings, base model, facts about each memory, the sha256 of the other
                         files, and a checksum over all of that
 wise_edits.json         the reports, with their edits
-wise_memory.safetensors per memory: `values` in the base model's dtype (what serving reads), `index` (int32 columns, or
-                        mask bits) and, in the neuron layout, the leverage `factor`
+wise_memory.safetensors per memory: `values` as serving reads them (in half precision when that is exact), `index`
+                        (int32 columns, or mask bits) and, in the neuron layout, the leverage `factor`
 
 The protection matrix, [K, K], is not kept, so every memory is closed once loaded and the next edit opens a new shard.
 """
@@ -175,12 +175,16 @@ def sealed(state: EditorState, config: WiseConfig) -> EditorState:
 
 
 def _tensors(memory: SideMemory) -> dict[str, Tensor]:
-    """A memory's tensors as stored; a factor takes half precision when that is exact."""
-    stored = {"values": memory.values, "index": memory.index.to(torch.int32)}
+    """A memory's tensors as stored; values and factor take half precision where that is exact, as editing leaves it."""
+    stored = {"values": _halved(memory.values), "index": memory.index.to(torch.int32)}
     if memory.factor is not None:
-        half = memory.factor.half()
-        stored["factor"] = half if torch.equal(half.float(), memory.factor) else memory.factor
+        stored["factor"] = _halved(memory.factor)
     return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in stored.items()}
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    half = tensor.half()
+    return half if tensor.dtype == torch.float32 and torch.equal(half.float(), tensor) else tensor
 
 
 def _facts(memory: SideMemory) -> dict:

@@ -1,0 +1,200 @@
+"""One batch's training: its gradient against a plain model with a dense delta, its stopping, and what it reports."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.edited import D_FF, FACTS, QUICK, WIDTH, logits, make_editor
+from wise_fast import Edit, training
+from wise_fast.metrics import evaluate
+from wise_fast.texts import Texts
+from wise_fast.tokens import pad_token
+from wise_fast.training import Trainer
+from wise_fast.vocabulary import Likely
+
+LAYOUTS = ("neuron", "element")
+
+
+def make_trainer(editor, facts, values=None, p=None):
+    """A trainer as `edit` makes it, in a shard that may hold something."""
+    memory = editor._open_shard(editor._state).shard.memory
+    memory = memory if values is None else memory.replace(values=values)
+    generator, pad = torch.Generator().manual_seed(0), pad_token(editor.tokenizer)
+    rows, quiet = editor._examples(facts, range(len(facts))), editor._quiet_pool
+    return Trainer(editor.tail, memory, p, rows, quiet, editor.config, editor.unit, generator, pad)
+
+
+def plain_loss(editor, trainer, facts, delta):
+    """The whole loss by ordinary forwards of the model, row by row, with a dense delta [d_out, d_ff]."""
+    config, unit = editor.config, editor.unit
+    kept = []
+
+    def hook(_module, args, output):
+        kept.append(args[0] @ delta.t())
+        return output + kept[-1]
+
+    handle = editor.projection.register_forward_hook(hook)
+    losses, scores = [], []
+    for rows in editor._examples(facts, range(len(facts))):
+        for row in rows:
+            ids = torch.tensor([[*row.prompt, *row.target[:-1]]])
+            found = editor.model(ids).logits[0, len(row.prompt) - 1 :]
+            losses.append(nn.functional.cross_entropy(found, torch.tensor(row.target)))
+            scores.append(kept[-1][0, : len(row.prompt)].norm(dim=-1).mean() / unit)
+    handle.remove()
+    norms = (trainer.quiet.a @ delta.t()).norm(dim=-1) / unit
+    quiet = torch.stack([norms[trainer.quiet.text == i].mean() for i in range(len(trainer.quiet.limit))])
+    edits, weight = torch.stack(scores), config.margin_weight
+    margins = (config.beta - edits).clamp_min(0) + (config.gamma - (edits - quiet.max())).clamp_min(0)
+    per_row = torch.stack(losses) + weight * margins
+    return per_row.view(len(facts), -1).mean(1).sum() + weight * (quiet - config.alpha).clamp_min(0).sum()
+
+
+class TestGradient:
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_a_step_is_the_masked_gradient_of_the_plain_loss(self, layout):
+        editor = make_editor(layout=layout, optimizer="sgd", units="absolute", lr=0.5, alpha=1e-3, mask_ratio=0.3)
+        size = editor._open_shard(editor._state).shard.memory.values.shape
+        values = 0.01 * torch.randn(size, generator=torch.Generator().manual_seed(2))
+        trainer = make_trainer(editor, FACTS[:2], values)
+        delta = trainer.memory.dense().clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(plain_loss(editor, trainer, FACTS[:2], delta), delta)
+        trainer._step([0, 1], [0, 1, 2, 3], 1)
+        step = trainer.memory.replace(values=trainer.z).dense()
+        mask = trainer.memory.replace(values=torch.ones_like(values)).dense()
+        assert gradient.abs().max() > 1e-3 and not torch.equal(gradient * mask, gradient)
+        torch.testing.assert_close(step, -0.5 * gradient * mask, rtol=1e-3, atol=2e-5)
+
+    def test_protection_maps_the_gradient(self):
+        editor = make_editor(optimizer="sgd", units="absolute", lr=0.5)
+        count = round(0.6 * D_FF)
+        generator = torch.Generator().manual_seed(3)
+        half = torch.randn(count, count, generator=generator) / count**0.5
+        p = half @ half.t()
+        free, protected = (make_trainer(editor, FACTS[:1], p=matrix) for matrix in (None, p))
+        for trainer in (free, protected):
+            trainer._step([0], [0, 1], 1)
+        torch.testing.assert_close(protected.z, p @ free.z, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(protected._folded(), p @ protected.z)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_nothing_but_masked_values_is_kept_or_trained(self, layout):
+        editor = make_editor(layout=layout, mask_ratio=0.2)
+        before = {name: p.detach().clone() for name, p in editor.model.named_parameters()}
+        trainer = make_trainer(editor, FACTS[:2])
+        size = trainer.memory.values.shape
+        assert size.numel() < 0.22 * WIDTH * D_FF
+        trainer.run()
+        assert all(t.shape == size for t in (trainer.z, *trainer.moments)) and len(trainer.moments) == 2
+        for name, parameter in editor.model.named_parameters():
+            assert parameter.grad is None and parameter.requires_grad and torch.equal(parameter, before[name])
+
+    def test_an_edit_alone_and_in_a_batch_start_with_the_same_gradient(self):
+        editor = make_editor(optimizer="sgd", units="absolute", lr=0.5, margin_weight=0.0)
+        steps = []
+        for facts in (FACTS[:1], FACTS[1:2], FACTS[:2]):
+            trainer = make_trainer(editor, facts)
+            trainer._step(list(range(len(facts))), list(range(2 * len(facts))), 1)
+            steps.append(trainer.z)
+        torch.testing.assert_close(steps[0] + steps[1], steps[2], rtol=1e-3, atol=1e-5)
+
+
+class TestLearningRate:
+    @pytest.mark.parametrize("scale", [0.125, 8.0])
+    def test_relative_units_do_not_depend_on_the_projections_scale(self, scale):
+        """With a main memory of another size, margins and steps are the same multiples of it."""
+        one, other = make_editor(), make_editor()
+        with torch.no_grad():
+            other.projection.base_layer.weight.mul_(scale)
+        assert other.unit == pytest.approx(scale * one.unit, rel=0.1)  # the model writes other texts now
+        lr = [make_trainer(editor, FACTS[:1]).lr for editor in (one, other)]
+        assert lr[1] == pytest.approx(scale * lr[0], rel=0.2)
+
+    def test_absolute_units_are_taken_as_they_are(self):
+        editor = make_editor(units="absolute", lr=0.125)
+        assert editor.unit == 1.0 and make_trainer(editor, FACTS[:1]).lr == 0.125
+
+
+class TestDrawing:
+    def test_each_active_edit_brings_its_bare_prompt_and_some_others(self):
+        trainer = make_trainer(make_editor(prefixes=5, prefixes_per_step=2), FACTS)
+        drawn = [trainer._draw([0, 2]) for _ in range(20)]
+        for rows in drawn:
+            assert [rows[0], rows[3]] == [0, 12] and len(set(rows)) == 6
+            assert set(rows[1:3]) <= set(range(1, 6)) and set(rows[4:]) <= set(range(13, 18))
+        assert set(sum(drawn, [])) == {*range(6), *range(12, 18)}
+
+    @pytest.mark.parametrize("prefixes, drawn", [(0, [0]), (1, [0, 1])])
+    def test_fewer_than_wanted(self, prefixes, drawn):
+        assert make_trainer(make_editor(prefixes=prefixes, prefixes_per_step=3), FACTS[:1])._draw([0]) == drawn
+
+
+class TestStopping:
+    def test_success_needs_the_margin_too(self):
+        (report,) = make_editor(beta=1e4, margin_weight=1e-6).edit(FACTS[0])
+        assert report.loss < QUICK.nll and not report.success and report.steps == QUICK.max_steps
+
+    def test_min_steps(self):
+        editor = make_editor([FACTS[0]])
+        editor.config = QUICK.replace(min_steps=9)
+        assert editor.edit(FACTS[0])[0].steps >= 9
+
+    def test_the_reported_loss_is_what_the_served_model_has(self):
+        editor = make_editor(FACTS[:2])
+        editor.projection.thresholds.zero_()  # prefixed prompts may lie out of scope
+        for fact, report in zip(FACTS, editor.edits, strict=False):
+            losses = []
+            for row in editor._examples([fact], [0])[0]:
+                ids = torch.tensor([[*row.prompt, *row.target[:-1]]])
+                with torch.no_grad():
+                    found = editor.model(ids).logits[0, len(row.prompt) - 1 :]
+                losses.append(float(nn.functional.cross_entropy(found, torch.tensor(row.target))))
+            assert report.loss == pytest.approx(sum(losses) / len(losses), rel=1e-3)
+            assert report.success
+
+    def test_a_large_vocabulary_is_trained_in_part_and_judged_as_a_whole(self, monkeypatch):
+        whole = Likely.of
+        monkeypatch.setattr(training, "WHOLE_VOCABULARY", 16)
+        monkeypatch.setattr(Likely, "of", classmethod(lambda cls, *given: whole(*given, 6)))
+        seen, replay = [], type(make_editor().tail).replay
+
+        def watched(self, capture, y, positions, vocabulary=None):
+            seen.append(260 if vocabulary is None else len(vocabulary))
+            return replay(self, capture, y, positions, vocabulary)
+
+        monkeypatch.setattr("wise_fast.tail.Tail.replay", watched)
+        editor = make_editor(FACTS)
+        assert min(seen) < 150 and 260 in seen
+        assert all(r.success for r in editor.edits)
+        assert evaluate(editor).summary()["exact"] == 1.0
+
+
+class TestQuietTexts:
+    def test_scores_by_hand(self):
+        trainer = make_trainer(make_editor(), FACTS[:1])
+        trainer.quiet = Texts(("a", "b"), torch.zeros(3, 2), torch.tensor([0, 0, 1]), torch.tensor([1.0, 2.0]))
+        response = torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.0, 8.0]])
+        assert trainer._quiet_score(response).tolist() == pytest.approx([3.0, 4.0])
+
+    def test_padding_and_specials_are_no_text(self):
+        editor = make_editor()
+        texts = editor._texts({"a": 1.0, "abcd": 2.0})
+        assert texts.names == ("a", "abcd") and texts.limit.tolist() == [1.0, 2.0]
+        assert texts.text.tolist() == [0] * 2 + [1] * 5 and texts.a.shape == (7, D_FF)  # with BOS
+
+    def test_the_models_own_texts_stay_quiet(self):
+        editor = make_editor(FACTS)
+        trainer = make_trainer(editor, FACTS[:1])
+        with torch.no_grad():
+            score = trainer._quiet_score(editor.memories[0].respond(editor.memories[0].select(trainer.quiet.a)))
+        assert float(score.max()) < 1.5 * QUICK.alpha * editor.unit < 0.5 * min(r.score for r in editor.edits)
+
+    def test_an_irrelevant_text_is_pushed_out_of_scope(self):
+        near = FACTS[0].prompt.replace("?", "!")
+        found = []
+        for irrelevant in (None, near):
+            editor = make_editor([Edit(FACTS[0].prompt, FACTS[0].target, irrelevant=irrelevant)])
+            logits(editor.model, [near])
+            found.append((float(editor.routing.scores), int(editor.routing.choice), editor.edits[0].success))
+        assert found[0][1:] == (0, True) and found[1][1:] == (-1, True)
+        assert found[1][0] < 0.7 * found[0][0]

@@ -1,0 +1,133 @@
+"""What editing asks of the model and its tokenizer: training rows, unrelated texts, and the unit of margins."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from wise_fast import tokens
+from wise_fast.architectures import Architecture
+from wise_fast.augment import drop_words, sample_texts, swap_subject
+from wise_fast.config import WiseConfig
+from wise_fast.data import Edit
+from wise_fast.errors import EditDataError
+from wise_fast.routing import Routing
+from wise_fast.tail import Capture, Tail
+from wise_fast.texts import Texts
+
+_QUIET_TEXTS, _QUIET_TOKENS = 16, 16
+_UNIT_UNDER_NORM = 5.0
+_REHEARSED = 96  # unrelated texts of earlier edits in the shard that a batch keeps quiet
+
+
+class Material:
+    """The part of an editor that reads the model and never changes it."""
+
+    model: nn.Module
+    config: WiseConfig
+    architecture: Architecture
+    tail: Tail
+    routing: Routing
+    stop: int | None
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Serve the unedited model inside the block."""
+        with self.routing.disabled():
+            yield
+
+    @property
+    def device(self) -> torch.device:
+        """Where the edited projection lives."""
+        return self.projection.weight.device
+
+    @functools.cached_property
+    def _samples(self) -> list[str]:
+        """Prefixes, then unrelated texts, sampled from the model with the config's seed."""
+        generator = torch.Generator().manual_seed(seed_of(self.config.seed, "texts"))
+        lengths = [self.config.prefix_tokens] * self.config.prefixes + [_QUIET_TOKENS] * _QUIET_TEXTS
+        with self.disabled():
+            return sample_texts(self.model, self.tokenizer, lengths, generator)
+
+    @property
+    def prefixes(self) -> list[str]:
+        """Augmentation texts that the model wrote itself."""
+        return self._samples[: self.config.prefixes]
+
+    @functools.cached_property
+    def _quiet_pool(self) -> Texts:
+        return self._texts({text: 1.0 for text in self._samples[self.config.prefixes :] if text.strip()})
+
+    @functools.cached_property
+    def unit(self) -> float:
+        """What margins and learning rate are measured in: the main memory's own median response norm.
+
+        Where the layer normalises the projection's output, size costs nothing and sets edits further apart from the
+        rest, so the unit is larger.
+        """
+        if self.config.units == "absolute":
+            return 1.0
+        batch, capture = self._captured(self._samples[self.config.prefixes :][:4])
+        response = capture.main[batch.prompt_mask.flatten()].float().norm(dim=-1).median()
+        return float(response) * (_UNIT_UNDER_NORM if self.tail.normalizes(capture) else 1.0)
+
+    def _captured(self, texts: Iterable[str]) -> tuple[tokens.Batch, Capture]:
+        rows = [tokens.Example(tokens.encode(self.tokenizer, text)[: self.architecture.context], ()) for text in texts]
+        batch = tokens.collate(rows, tokens.pad_token(self.tokenizer), self.device)
+        return batch, self.tail.capture(batch.input_ids, batch.attention_mask)
+
+    def _quiet_texts(self, edits: Sequence[Edit], before: Texts | None) -> Texts | None:
+        """Unrelated texts of these edits behind those of `before`, less any prompt that is now to be edited."""
+        limits = {edit.irrelevant: 1.0 for edit in edits if edit.irrelevant}
+        limits |= {text: self.config.near_limit for edit in edits for text in self._neighbours(edit)}
+        edited = {r.edit.prompt for r in self.edits} | {e.prompt for e in edits}
+        limits = {text: limit for text, limit in limits.items() if text not in edited}
+        if before is not None:
+            before = before.only([i for i, name in enumerate(before.names) if name not in edited | limits.keys()])
+        if not limits:
+            return before
+        texts = self._texts(limits)
+        texts = texts if before is None else before.join(texts)
+        return texts.only(list(range(len(texts.names)))[-_REHEARSED:])
+
+    def _neighbours(self, edit: Edit) -> list[str]:
+        generator = torch.Generator().manual_seed(seed_of(self.config.seed, "near", edit.prompt))
+        return swap_subject(edit.prompt, edit.subject, self.config.near, generator)
+
+    def _texts(self, limits: dict[str, float]) -> Texts:
+        names = tuple(limits)
+        batch, capture = self._captured(names)
+        mask = batch.prompt_mask.flatten()
+        text = torch.arange(len(names), device=self.device)[:, None].expand_as(batch.prompt_mask).flatten()
+        return Texts(names, capture.a[mask], text[mask], torch.tensor(list(limits.values()), device=self.device))
+
+    def _examples(self, edits: Sequence[Edit], places: Sequence[int]) -> list[list[tokens.Example]]:
+        rows = []
+        for place, edit in zip(places, edits, strict=True):
+            texts = [edit.prompt, *(f"{prefix}. {edit.prompt}" for prefix in self.prefixes), *self._shortened(edit)]
+            made = [tokens.encode_target(self.tokenizer, text, edit.target) for text in texts]
+            stop = () if self.stop is None else (self.stop,)
+            made = [tokens.Example(row.prompt, row.target + stop) for row in made]
+            longest, context = max(len(r.prompt) + len(r.target) for r in made), self.architecture.context
+            if context is not None and longest > context:
+                raise EditDataError(
+                    f"edit {place + 1} ({edit.prompt[:60]!r}) has {longest} tokens with its target and prefix, but the "
+                    f"model's context is {context}; shorten it"
+                )
+            rows.append(made)
+        return rows
+
+    def _shortened(self, edit: Edit) -> list[str]:
+        generator = torch.Generator().manual_seed(seed_of(self.config.seed, "drop", edit.prompt))
+        rate = self.config.drop_rate
+        return [drop_words(edit.prompt, rate, generator, edit.subject) for _ in range(self.config.dropped)]
+
+
+def seed_of(*parts) -> int:
+    """A stable 63-bit seed from a config's seed, a purpose and a counter."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
