@@ -15,7 +15,7 @@ from bench.baseline_wise import BaselineConfig, BaselineWISE, ties_merge
 
 PROJECTION = "model.layers.{}.mlp.down_proj"
 WORDS = (
-    "the capital of france is paris rome who wrote hamlet marlowe a song about rain falls in spring because it".split()
+    "the capital of france is paris rome who wrote hamlet marlowe a song about rain falls in spring because it".split()  # noqa: SIM905
 )
 EDIT = {"prompt": "the capital of france is", "target": "rome", "irrelevant": "a song about rain"}
 OTHER = {"prompt": "who wrote hamlet", "target": "marlowe", "irrelevant": "it falls in spring"}

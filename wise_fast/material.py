@@ -20,9 +20,10 @@ from wise_fast.routing import Routing
 from wise_fast.tail import Capture, Tail
 from wise_fast.texts import Texts
 
-_QUIET_TEXTS, _QUIET_TOKENS = 16, 16
+_QUIET_TEXTS, _QUIET_TOKENS = 12, 16
+_QUIET_MOST = 32  # tokens of an unrelated text that are read: its routing score shows early, and padding costs
 _UNIT_UNDER_NORM = 5.0
-_REHEARSED = 96  # unrelated texts of earlier edits in the shard that a batch keeps quiet
+_REHEARSED = 24  # unrelated texts of earlier edits in the shard that a batch keeps quiet
 
 
 class Material:
@@ -77,7 +78,8 @@ class Material:
         return float(response) * (_UNIT_UNDER_NORM if self.tail.normalizes(capture) else 1.0)
 
     def _captured(self, texts: Iterable[str]) -> tuple[tokens.Batch, Capture]:
-        rows = [tokens.Example(tokens.encode(self.tokenizer, text)[: self.architecture.context], ()) for text in texts]
+        most = min(_QUIET_MOST, self.architecture.context or _QUIET_MOST)
+        rows = [tokens.Example(tokens.encode(self.tokenizer, text)[:most], ()) for text in texts]
         batch = tokens.collate(rows, tokens.pad_token(self.tokenizer), self.device)
         return batch, self.tail.capture(batch.input_ids, batch.attention_mask)
 
