@@ -252,7 +252,7 @@ class TestDemo:
         assert found["metrics"]["locality"] is not None and found["summary"]["edits"] == 2
 
     def test_tables(self, model):
-        text = run("demo", "-m", model, "-n", 1, code=3).stdout
+        text = run("demo", "-m", model, "-n", 2, "--seed", 1, code=3).stdout
         assert "before and after" in text and "reliability" in text and "s per edit" in text
 
     def test_edits_are_spread_over_relations(self):

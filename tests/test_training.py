@@ -187,7 +187,8 @@ class TestQuietTexts:
         trainer = make_trainer(editor, FACTS[:1])
         with torch.no_grad():
             score = trainer._quiet_score(editor.memories[0].respond(editor.memories[0].select(trainer.quiet.a)))
-        assert float(score.max()) < 1.5 * QUICK.alpha * editor.unit < 0.5 * min(r.score for r in editor.edits)
+        assert float(score.max()) <= 2 * QUICK.alpha * editor.unit  # what an edit must reach before it may stop
+        assert float(score.max()) < editor.memories[0].threshold
 
     def test_an_irrelevant_text_is_pushed_out_of_scope(self):
         near = FACTS[0].prompt.replace("?", "!")

@@ -62,14 +62,14 @@ class WiseConfig:
     layout: str = "neuron"
     mask_ratio: float = 1.0
     optimizer: str = "adam"
-    lr: float = 6.0
+    lr: float = 4.0
     momentum: float = 0.0
     weight_decay: float = 0.0
     clamp: float | None = None
     max_steps: int = 40
     min_steps: int = 3
-    nll: float = 0.1
-    prefixes: int = 3
+    nll: float = 0.05
+    prefixes: int = 4
     prefix_tokens: int = 10
     prefixes_per_step: int = 2
     dropped: int = 2

@@ -20,10 +20,10 @@ from wise_fast.routing import Routing
 from wise_fast.tail import Capture, Tail
 from wise_fast.texts import Texts
 
-_QUIET_TEXTS, _QUIET_TOKENS = 12, 16
-_QUIET_MOST = 32  # tokens of an unrelated text that are read: its routing score shows early, and padding costs
+_QUIET_TEXTS, _QUIET_TOKENS = 16, 16
+_QUIET_MOST = 48  # tokens of an unrelated text that are read: its routing score shows early, and padding costs
 _UNIT_UNDER_NORM = 5.0
-_REHEARSED = 24  # unrelated texts of earlier edits in the shard that a batch keeps quiet
+_REHEARSED = 64  # unrelated texts of earlier edits in the shard that a batch keeps quiet
 
 
 class Material:
