@@ -176,7 +176,10 @@ class WiseEditor(Material):
             p = protection.absorb(p, fit.taught, self.config.protect_lambda)
             if state.merged or state.closed:
                 memory = memory.replace(factor=protection.taught_factor(p))
-        return state.replace(shard=Shard(memory, p, keys, quiet), reports=made)
+        gone = {i for i, r in enumerate(made) if r.note.startswith("superseded")}
+        # A memory of superseded edits alone would only compete with the one that replaced it.
+        merged, closed = (tuple(m for m in part if set(m.edits) - gone) for part in (state.merged, state.closed))
+        return state.replace(merged=merged, closed=closed, shard=Shard(memory, p, keys, quiet), reports=made)
 
     def _score(self, memory: SideMemory, key: Tensor) -> float:
         mask = torch.ones(1, key.shape[0], dtype=torch.bool, device=key.device)
