@@ -141,7 +141,7 @@ def _few_rows(a, weight, bias, values, columns, bounds, y, side, norms) -> None:
         a, given, values, columns, bounds, side_parts if y_parts is None else y_parts, side_parts,
         rows, outputs, width, *a.stride(), *given.stride(),
         y_splits, triton.cdiv(triton.cdiv(width, max(y_splits, 1)), tile.depth) * tile.depth, side_splits,
-        UPCAST=interpreted(), **tile.meta,
+        UPCAST=interpreted(), **tile.blocks, **tile.options,
     )  # fmt: skip
     sum_splits(side_parts, y_parts, bias, side, norms, y)
 
@@ -180,13 +180,13 @@ def aot_cases() -> list[AotCase]:
         for kind, tile in product(kinds_of(table), tiles):
             types = dict.fromkeys(("p_a", "p_weight", "p_values"), f"*{kind}")
             types |= {"p_columns": "*i64", "p_bounds": "*i64", "p_y_parts": "*fp32", "p_side_parts": "*fp32"}
-            meta = {"s_af": 1, "s_wf": 1, "UPCAST": False} | tile.meta
-            warps, stages = meta.pop("num_warps"), meta.pop("num_stages")
+            meta = {"s_af": 1, "s_wf": 1, "UPCAST": False} | tile.blocks
             cases.append(
                 AotCase(
                     f"split/{table}/{tile.rows}/{kind}", split_fwd_kernel,
-                    types | dict.fromkeys(sizes, "i32") | dict.fromkeys(meta, "constexpr"), meta, warps, stages,
-                    EXPECT_OF[table], (*types, "O", "F", "s_an", "s_wo", "y_chunk"), TARGETS_OF[table],
+                    types | dict.fromkeys(sizes, "i32") | dict.fromkeys(meta, "constexpr"), meta,
+                    expect=EXPECT_OF[table], **tile.options,
+                    divisible=(*types, "O", "F", "s_an", "s_wo", "y_chunk"), targets=TARGETS_OF[table],
                 )
             )  # fmt: skip
     return cases

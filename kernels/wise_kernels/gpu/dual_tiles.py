@@ -104,11 +104,10 @@ def tiles_fwd_kernel(
         low = tl.load(p_bounds + j)
         depth = (tl.load(p_bounds + j + 1) - low).to(tl.int32)
         p_a_row = p_packed + o_row * s_packed + (low // ALIGN + j) * ALIGN
-        p_v_row = p_values + (low + o_k)[:, None] * O + o_o[None, :]
         for k in range(0, depth, BK):
             b_a = tl.load(p_a_row + k + o_k[None, :])
             m_v = (k + o_k < depth)[:, None] & (o_o < O)[None, :]
-            b_v = tl.load(p_v_row + k.to(tl.int64) * O, mask=m_v, other=0.0)
+            b_v = tl.load(p_values + (low + k + o_k)[:, None] * O + o_o[None, :], mask=m_v, other=0.0)
             if UPCAST:
                 b_a, b_v = b_a.to(tl.float32), b_v.to(tl.float32)
             b_acc = tl.dot(b_a, b_v, b_acc, input_precision="ieee")
@@ -137,7 +136,7 @@ def tiles_forward(a, weight, bias, values, columns, bounds, y, side, norms) -> N
         a, given, given if bias is None else bias, packed, values, bounds, side if y is None else y, side, squares,
         rows, outputs, width, *a.stride(), *given.stride(), packed.stride(0),
         HAS_MAIN=weight is not None, HAS_BIAS=bias is not None, RESPONSE=side.shape[1] == rows,
-        UPCAST=interpreted(), GROUP=GROUP, ALIGN=ALIGN, **tile.meta,
+        UPCAST=interpreted(), GROUP=GROUP, ALIGN=ALIGN, **tile.blocks, **tile.options,
     )  # fmt: skip
     finish_norms(squares, norms)
 
@@ -160,13 +159,13 @@ def aot_cases() -> list[AotCase]:
             names = ("p_a", "p_weight", "p_bias", "p_packed", "p_values", "p_y", "p_side")
             types = dict.fromkeys(names, f"*{kind}") | {"p_bounds": "*i64", "p_squares": "*fp32"}
             meta = {"s_af": 1, "s_wf": 1, "HAS_MAIN": fused, "HAS_BIAS": fused, "RESPONSE": True, "UPCAST": False}
-            meta |= {"GROUP": GROUP, "ALIGN": ALIGN} | tile.meta
-            warps, stages = meta.pop("num_warps"), meta.pop("num_stages")
+            meta |= {"GROUP": GROUP, "ALIGN": ALIGN} | tile.blocks
             cases.append(
                 AotCase(
                     f"tiles/{table}/{tile.rows}x{tile.outputs}/{kind}/{'fused' if fused else 'side'}", tiles_fwd_kernel,
-                    types | sizes | dict.fromkeys(meta, "constexpr"), meta, warps, stages,
-                    EXPECT_OF[table], (*types, "O", "F", "s_an", "s_wo", "s_packed"), TARGETS_OF[table],
+                    types | sizes | dict.fromkeys(meta, "constexpr"), meta,
+                    expect=EXPECT_OF[table], **tile.options,
+                    divisible=(*types, "O", "F", "s_an", "s_wo", "s_packed"), targets=TARGETS_OF[table],
                 )
             )  # fmt: skip
     return cases

@@ -7,24 +7,26 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows of activations, outputs and depth (the summed dimension) of a program's step; its warps and stages."""
+    """Rows of activations, outputs and depth (the summed dimension) of a program's step; its warps and stages, and what
+    its threads' registers are held to where that lets another program share the SM."""
 
     rows: int
     outputs: int
     depth: int
     warps: int
     stages: int
+    registers: int | None = None
 
     @property
-    def meta(self) -> dict[str, int]:
-        """The tile as the keyword arguments that the kernels of this package take."""
-        return {
-            "BN": self.rows,
-            "BO": self.outputs,
-            "BK": self.depth,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-        }
+    def blocks(self) -> dict[str, int]:
+        """The block sizes under the names that the kernels of this package give them."""
+        return {"BN": self.rows, "BO": self.outputs, "BK": self.depth}
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch, or an `AotCase`, takes besides."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options if self.registers is None else options | {"maxnreg": self.registers}
 
 
 def family(tensor: torch.Tensor) -> str:
