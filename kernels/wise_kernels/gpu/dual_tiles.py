@@ -22,7 +22,8 @@ from .row_sums import finish_norms
 from .tile import EXPECT_OF, TARGETS_OF, Tile, family, kinds_of
 
 ALIGN = 64
-COMPACT_ROWS, COMPACT_WARPS = 64, 4
+# Rows of a program of the compaction, its warps, and the memories whose bounds it looks at together.
+COMPACT_ROWS, COMPACT_WARPS, COMPACT_BOUNDS = 64, 4, 64
 # Rows of tiles that are walked before the next column of them.
 GROUP = 8
 SHORT = Tile(64, 64, 64, 4, 4)
@@ -125,7 +126,7 @@ def tiles_forward(a, weight, bias, values, columns, bounds, y, side, norms) -> N
     if memories:
         compact_fwd_kernel[(chunks, triton.cdiv(rows, COMPACT_ROWS))](
             a, columns, bounds, packed, rows, memories, *a.stride(), packed.stride(0),
-            BN=COMPACT_ROWS, BK=ALIGN, BJ=64, num_warps=COMPACT_WARPS,
+            BN=COMPACT_ROWS, BK=ALIGN, BJ=COMPACT_BOUNDS, num_warps=COMPACT_WARPS,
         )  # fmt: skip
     products = memories + (weight is not None)
     tile = many_rows_tile(a, outputs, products)
@@ -144,7 +145,7 @@ def tiles_forward(a, weight, bias, values, columns, bounds, y, side, norms) -> N
 def _compact_case(kind: str) -> AotCase:
     types = {"p_a": f"*{kind}", "p_columns": "*i64", "p_bounds": "*i64", "p_packed": f"*{kind}"}
     sizes = dict.fromkeys(("N", "memories", "s_an", "s_packed"), "i32")
-    meta = {"s_af": 1, "BN": COMPACT_ROWS, "BK": ALIGN, "BJ": 64}
+    meta = {"s_af": 1, "BN": COMPACT_ROWS, "BK": ALIGN, "BJ": COMPACT_BOUNDS}
     signature = types | sizes | dict.fromkeys(meta, "constexpr")
     divisible = (*types, "s_an", "s_packed")
     return AotCase(f"compact/{kind}", compact_fwd_kernel, signature, meta, COMPACT_WARPS, divisible=divisible)
