@@ -1,4 +1,6 @@
-"""What every test shares: no network, no deadlines, and GPU tests skipped where there is no GPU."""
+"""What every test shares: no network, no deadlines; where there is no GPU, kernels run in triton's interpreter and GPU
+tests are skipped.
+"""
 
 import os
 
@@ -7,6 +9,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first importe
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
+
+if not torch.cuda.is_available():
+    # Read when triton is first imported: here, because transformers imports it, and torch alone does not.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("wise_fast", deadline=None)  # no timing assertions: machines differ
 settings.load_profile("wise_fast")

@@ -5,20 +5,20 @@ F inputs and O outputs of the edited projection, J memories D_j [O, F], B sequen
 import torch
 
 
-def dense_neuron(values, columns, offsets, width):
+def dense_neuron(values, columns, bounds, width):
     """D [J, O, F] of a bank in the neuron layout: column columns[r] of D_j is values[r], r in memory j."""
-    dense = torch.zeros(len(offsets) - 1, values.shape[1], width)
-    for j in range(len(offsets) - 1):
-        for r in range(offsets[j], offsets[j + 1]):
+    dense = torch.zeros(len(bounds) - 1, values.shape[1], width)
+    for j in range(len(bounds) - 1):
+        for r in range(bounds[j], bounds[j + 1]):
             dense[j, :, columns[r]] = values[r].float()
     return dense
 
 
-def dense_element(values, bits, offsets, width):
-    """D [J, O, F] of a bank in the element layout: set bit v (row-major) of memory j is values[offsets[j] + v]."""
+def dense_element(values, bits, bounds, width):
+    """D [J, O, F] of a bank in the element layout: set bit v (row-major) of memory j is values[bounds[j] + v]."""
     dense = torch.zeros(bits.shape[0], bits.shape[1], width)
     for j in range(bits.shape[0]):
-        v = offsets[j]
+        v = int(bounds[j])
         for o in range(bits.shape[1]):
             for c in range(width):
                 if (int(bits[j, o, c // 32]) >> (c % 32)) & 1:
@@ -69,11 +69,11 @@ def route(norms, prompt_mask, thresholds, leverage=None, floors=None, reduction=
     return scores, choice
 
 
-def leverage(a, columns, offsets, factors):
+def leverage(a, columns, bounds, factors):
     """||a_S U_j||^2 / ||a_S||^2 = 1 - a_S P_j a_S^T / ||a_S||^2 with P_j = I - U_j U_j^T; 0 where a_S = 0."""
-    out = torch.zeros(len(offsets) - 1, a.shape[0])
-    for j in range(len(offsets) - 1):
-        rows = slice(offsets[j], offsets[j + 1])
+    out = torch.zeros(len(bounds) - 1, a.shape[0])
+    for j in range(len(bounds) - 1):
+        rows = slice(bounds[j], bounds[j + 1])
         for n in range(a.shape[0]):
             active = a[n, columns[rows]].float()
             if active.square().sum() > 0:

@@ -8,7 +8,7 @@ import pytest
 import wise_kernels
 
 KERNELS = Path(wise_kernels.__file__).parents[1]
-FILES = sorted(Path(wise_kernels.__file__).parent.glob("*.py"))
+FILES = sorted(Path(wise_kernels.__file__).parent.rglob("*.py"))
 
 
 def imported(path):
@@ -31,7 +31,8 @@ def test_everything_public_is_exported():
 def test_a_file_knows_tensors_only_and_stays_short(path):
     names = set(imported(path))
     assert not any(name.split(".")[0] in {"transformers", "wise_fast"} for name in names)
-    assert ".reference" not in names
+    assert path.parent.name == "gpu" or not any(name.split(".")[0] == "triton" for name in names)
+    assert not any(name.endswith(".reference") for name in names)
     assert len(path.read_text().splitlines()) <= 300
 
 

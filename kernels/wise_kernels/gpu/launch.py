@@ -1,0 +1,54 @@
+"""What every launcher shares: the device guard, whether triton's interpreter is on, and the description of a shipped
+configuration, from which it is compiled ahead of time (`aot.py`).
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import triton
+from torch import Tensor
+
+# "sm_*" are NVIDIA's, "gfx942" is AMD's MI300.
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def guard(tensor: Tensor) -> AbstractContextManager:
+    """Make the device of `tensor` the current one, which triton launches on; nothing for a CPU tensor."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def interpreted() -> bool:
+    """Whether kernels run in triton's interpreter (TRITON_INTERPRET=1 before triton's first import).
+
+    Its arithmetic on bf16 blocks is wrong, so kernels convert operands to fp32 before a dot where this holds.
+    """
+    return triton.knobs.runtime.interpret
+
+
+@dataclass(frozen=True)
+class AotCase:
+    """One shipped configuration of a kernel; each gpu module lists its own in `aot_cases()`.
+
+    Attributes:
+        name: "op/regime/dtype"-like, unique in its module.
+        kernel: the function under `@triton.jit`.
+        signature: argument name -> triton type, such as "*bf16", "i32", "i64", "fp32" or "constexpr".
+        constexprs: argument name -> value, for the arguments that are "constexpr".
+        num_warps, num_stages: as launched.
+        expect: "wgmma" promises wgmma on sm_90 and a matrix instruction elsewhere, "mma" a matrix instruction
+            everywhere, None nothing.
+        divisible: names of the arguments that are multiples of 16 at run time, as contiguous pointers and usual
+            strides are: without them the code is not what the JIT makes.
+        targets: the architectures that this configuration is launched on.
+    """
+
+    name: str
+    kernel: triton.JITFunction
+    signature: dict[str, str]
+    constexprs: dict[str, object] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    expect: str | None = None
+    divisible: tuple[str, ...] = ()
+    targets: tuple[str, ...] = TARGETS
