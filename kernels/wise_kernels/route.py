@@ -47,6 +47,13 @@ def _route(
     return scores, torch.where(in_scope.gather(1, best), best, -1).squeeze(1)
 
 
+@_route.register_kernel("cuda")
+def _(norms, prompt_mask, thresholds, leverage, floors, reduction):
+    from .gpu import route
+
+    return route.route(norms, prompt_mask, thresholds, leverage, floors, reduction)
+
+
 @_route.register_fake
 def _(norms, prompt_mask, thresholds, leverage, floors, reduction):
     batch = prompt_mask.shape[0]
