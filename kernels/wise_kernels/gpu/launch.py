@@ -1,5 +1,5 @@
 """What every launcher shares: the device guard, whether triton's interpreter is on, and the description of a shipped
-configuration, from which it is compiled ahead of time (`aot.py`).
+configuration, from which bench/aot.py compiles it ahead of time.
 """
 
 from contextlib import AbstractContextManager, nullcontext
