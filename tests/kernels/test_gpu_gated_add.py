@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_banks import WIDTH, neuron_bank, normal
+from kernel_banks import WIDTH, element_bank, neuron_bank, normal
 from tolerances import DTYPES, assert_within
 
 from wise_kernels import reference
 
 gpu = pytest.importorskip("wise_kernels.gpu.gated_add")
+element = pytest.importorskip("wise_kernels.gpu.gated_add_element")
 rows = pytest.importorskip("wise_kernels.gpu.gated_rows")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -23,16 +24,21 @@ def plain(before, a, dense, choice):
     return torch.where((by_row < 0)[:, None], before, before + responses[by_row, torch.arange(len(a))])
 
 
-def check(sizes, choice, tokens, dtype=torch.float32, outputs=7, before=None, a=None):
-    values, columns, bounds = neuron_bank(sizes, outputs=outputs, dtype=dtype)
+def check(sizes, choice, tokens, dtype=torch.float32, outputs=7, before=None, a=None, layout="neuron"):
+    """Sizes are columns in the neuron layout, densities in per cent in the element layout."""
+    if layout == "neuron":
+        add, dense_of, bank = gpu.gated_add, reference.dense_neuron, neuron_bank(sizes, outputs=outputs, dtype=dtype)
+    else:
+        add, dense_of = element.gated_add_element, reference.dense_element
+        bank = element_bank([min(1.0, s / 100) for s in sizes], outputs=outputs, dtype=dtype)
     a = normal(len(choice) * tokens, WIDTH, dtype=dtype) if a is None else a
     before = normal(len(a), outputs, seed=3, dtype=dtype) if before is None else before
     choice = torch.tensor(choice)
     y = before.clone(memory_format=torch.preserve_format).to(DEVICE)
-    gpu.gated_add(y, *(t.to(DEVICE) for t in (a, values, columns, bounds, choice)))
+    add(y, *(t.to(DEVICE) for t in (a, *bank, choice)))
     outside = (choice < 0).repeat_interleave(tokens)
     assert torch.equal(y.cpu()[outside].view(torch.uint8), before[outside].view(torch.uint8))
-    dense = reference.dense_neuron(values, columns, bounds, WIDTH)
+    dense = dense_of(*bank, WIDTH)
     assert_within(y.cpu(), plain(before, a, dense, choice), reference.gated_add(before, a, dense, choice), dtype)
 
 
@@ -41,25 +47,32 @@ CHOICES = [([-1], 7), ([0], 1), ([2, -1, 0, 1], 1), ([-1, -1], 7), ([2, 2, 0], 5
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("choice,tokens", CHOICES)
-def test_matches_the_definition(poisoned, choice, tokens, dtype):
-    check((20, 0, 7), choice, tokens, dtype)
+@pytest.mark.parametrize("layout", ["neuron", "element"])
+def test_matches_the_definition(poisoned, layout, choice, tokens, dtype):
+    check((20, 0, 7) if layout == "neuron" else (50, 0, 100), choice, tokens, dtype, 7, layout=layout)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_many_short_sequences_each_with_its_own_memory(poisoned, dtype):
+@pytest.mark.parametrize("layout", ["neuron", "element"])
+def test_many_short_sequences_each_with_its_own_memory(poisoned, layout, dtype):
     choice = [(7 * i) % 6 - 1 for i in range(70)]
-    check((20, 63, 0, 7, 33), choice, 1, dtype, outputs=33)
-    check((20, 63, 0, 7, 33), choice[:30], 3, dtype, outputs=33)
+    check((20, 63, 0, 7, 33), choice, 1, dtype, 33, layout=layout)
+    check((20, 63, 0, 7, 33), choice[:30], 3, dtype, 33, layout=layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_long_prompts_of_the_element_layout(poisoned, dtype):
+    check((20, 40), [1, -1, 0], 90, dtype, 65, layout="element")
 
 
 @settings(max_examples=25)
 @given(
     st.lists(st.integers(0, 40), min_size=1, max_size=4), st.data(), st.integers(1, 6), st.integers(1, 9),
-    st.sampled_from([1, 31, 65]), st.sampled_from(DTYPES),
+    st.sampled_from([1, 31, 65]), st.sampled_from(DTYPES), st.sampled_from(["neuron", "element"]),
 )  # fmt: skip
-def test_ragged_cases(sizes, data, batch, tokens, outputs, dtype):
+def test_ragged_cases(sizes, data, batch, tokens, outputs, dtype, layout):
     choice = data.draw(st.lists(st.integers(-1, len(sizes) - 1), min_size=batch, max_size=batch))
-    check(sizes, choice, tokens, dtype, outputs)
+    check(sizes, choice, tokens, dtype, outputs, layout=layout)
 
 
 @pytest.mark.parametrize("tokens", [3, 20])
@@ -93,6 +106,35 @@ def test_values_of_other_memories_are_not_read(poisoned, choice, tokens):
     nowhere = torch.full((len(choice),), -1)
     gpu.gated_add(moved[0], *(t.to(DEVICE) for t in (a, values, columns, bounds, nowhere)))
     assert torch.equal(moved[0], before)
+
+
+@pytest.mark.parametrize("tokens", [4, 80])
+def test_element_layout_strides_scope_and_empty_inputs(poisoned, tokens):
+    a = normal(2 * WIDTH, 2 * tokens).t()[:, ::2]
+    check((50, 20), [1, -1], tokens, before=normal(7, 2 * tokens).t(), a=a, layout="element")
+    values, bits, bounds = element_bank((0.2, 0.3, 0.4))
+    values[: int(bounds[1])] = float("nan")
+    values[int(bounds[2]) :] = float("nan")
+    y, choice = normal(2 * tokens, 7).to(DEVICE), torch.tensor([1, -1], device=DEVICE)
+    moved = [t.to(DEVICE) for t in (a, values, bits, bounds)]
+    element.gated_add_element(y, *moved, choice)
+    assert y.isfinite().all()
+    before = y.clone()
+    element.gated_add_element(y, *moved, torch.tensor([-1, 7], device=DEVICE))
+    element.gated_add_element(y, a.to(DEVICE), *(t.to(DEVICE) for t in element_bank(())), choice)
+    element.gated_add_element(y[:0], a.to(DEVICE)[:0], *moved[1:], choice)
+    assert torch.equal(y, before)
+
+
+@pytest.mark.parametrize("tokens", [2, 9])
+def test_element_layout_with_rows_of_many_words(poisoned, monkeypatch, tokens):
+    monkeypatch.setattr(element, "PREFIX", 16)
+    bank, a = element_bank((0.2, 0.6), width=333, outputs=50), normal(2 * tokens, 333)
+    y, choice = torch.zeros(2 * tokens, 50), torch.tensor([1, 0])
+    got = y.to(DEVICE, copy=True)
+    element.gated_add_element(got, *(t.to(DEVICE) for t in (a, *bank, choice)))
+    expected = reference.gated_add(y, a, reference.dense_element(*bank, 333), choice)
+    assert_within(got.cpu(), expected, expected, torch.float32)
 
 
 @pytest.mark.parametrize("tokens", [4, 40])

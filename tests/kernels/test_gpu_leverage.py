@@ -23,7 +23,9 @@ def check(device, a, columns, bounds, factors):
     got, norms = gpu.leverage(*moved), gpu.thin_norms(*moved)
     assert got.dtype == torch.float32 and got.shape == norms.shape == (len(bounds) - 1, a.shape[0])
     assert_fp32(got.cpu(), reference.leverage(a, columns, bounds, factors))
-    expected = [a[:, columns[low:high]].float() @ factors[low:high].float() for low, high in spans(bounds, len(columns))]
+    expected = [
+        a[:, columns[low:high]].float() @ factors[low:high].float() for low, high in spans(bounds, len(columns))
+    ]
     assert_fp32(norms.cpu(), torch.stack([e.norm(dim=1) for e in expected]) if expected else norms.cpu())
 
 

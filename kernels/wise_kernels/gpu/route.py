@@ -54,7 +54,18 @@ def rank_of(b_score, b_share, p_thresholds, p_floors, o_j, m_j, LEVERAGE: tl.con
 
 @triton.jit
 def reduce_tokens(
-    p_x, p_mask, tokens, o_j, m_j, base, s_xj, s_xn, s_mt, MAX: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_T: tl.constexpr
+    p_x,
+    p_mask,
+    tokens,
+    o_j,
+    m_j,
+    base,
+    s_xj,
+    s_xn,
+    s_mt,
+    MAX: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
     """Mean or max of x[o_j, base + t] over the prompt tokens t: [BLOCK_J] fp32, 0 for an empty prompt."""
     b_acc = tl.zeros([BLOCK_J, BLOCK_T], tl.float32)
@@ -75,7 +86,9 @@ def reduce_tokens(
     if MAX:
         # Hardware maxima drop NaN; the definition's maximum does not.
         return tl.where(tl.max(b_bad, 1) > 0, float("nan"), tl.max(b_acc, 1))
-    return tl.div_rn(tl.sum(b_acc, 1), tl.maximum(tl.sum(b_count, 0), 1).to(tl.float32) + tl.zeros([BLOCK_J], tl.float32))
+    return tl.div_rn(
+        tl.sum(b_acc, 1), tl.maximum(tl.sum(b_count, 0), 1).to(tl.float32) + tl.zeros([BLOCK_J], tl.float32)
+    )
 
 
 @triton.jit
