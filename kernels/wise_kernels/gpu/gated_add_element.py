@@ -22,7 +22,7 @@ from .launch import AotCase, guard, interpreted
 # BLOCK_N, BLOCK_O, WORDS (of 32 columns a step), SPLITS of the columns, num_warps, num_stages
 FEW, SOME, MANY = (16, 32, 2, 4, 4, 3), (64, 32, 2, 4, 4, 3), (256, 64, 2, 1, 8, 2)
 MANY_AMD = (128, 64, 1, 1, 8, 2)
-FEW_FP32, MANY_FP32 = (16, 32, 1, 4, 4, 2), (32, 32, 1, 1, 4, 2)
+FEW_FP32, MANY_FP32 = (16, 32, 1, 4, 4, 2), (32, 32, 1, 1, 8, 2)
 COUNT_O, COUNT_W = 16, 64
 PREFIX = 1024
 SUM_O = 256
