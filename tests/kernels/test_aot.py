@@ -1,4 +1,4 @@
-"""Every kernel in every shipped configuration, compiled for every architecture, in a process without the interpreter."""
+"""Every kernel in every shipped configuration, compiled for every architecture by a process without interpreter."""
 
 import ast
 import importlib
