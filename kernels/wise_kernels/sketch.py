@@ -1,7 +1,7 @@
-"""Routing over many memories from sketched norms (neuron layout). A sketch of the response v = a_S V is v G, with G [O, s]
-of independent N(0, 1/s): ||v G||^2 / ||v||^2 is chi^2_s / s for any v, so a norm is known to within factors (low, high)
-at a cost of s instead of O outputs. Exact norms are computed only for the pairs of sequence and memory that those
-factors leave open.
+"""Routing over many memories from sketched norms (neuron layout). A sketch of the response v = a_S V is v G with
+G [O, s] of independent N(0, 1/s): ||v G||^2 / ||v||^2 is chi^2_s / s for any v, so a norm is known to within factors
+(low, high) at the cost of s instead of O outputs. Exact norms are computed only for the pairs of sequence and memory
+that those factors leave open.
 """
 
 import math

@@ -1,5 +1,5 @@
-"""The gated_add_ kernels against the definition, and what they promise: rows out of scope keep their bits, and values of
-memories that no row has chosen are not read.
+"""The gated_add_ kernels against the definition, and what they promise: rows out of scope keep their bits, and values
+of memories that no row has chosen are not read.
 """
 
 import pytest

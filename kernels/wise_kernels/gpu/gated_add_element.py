@@ -2,12 +2,11 @@
 bits [J, O, ceil(F/32)] and packed values [V], unpacked a tile at a time on the way to the matrix units and never kept.
 Rows of choice -1 keep their bits, and with none in scope every program is done after reading the choices.
 
-The value of bit (o, c) comes after those of all bits before it, so `count` counts the bits of each row of the chosen
-memories first (O F / 8 bytes a memory), `element` adds up what precedes its tile and counts on within it. A few rows are
-cut over the columns to fill the device, and `sum` adds the parts in order. Bound by unpacking, some 20 integer
-instructions for each of the O F positions and tile of rows: 45 M of them are 30 us of an H100's integer units for
-Llama-2-7B, once for up to 16 rows (decode) and once for every 256 (prefill, beside the product of 2 N O F FLOP).
-Not measured yet on a device.
+The value of bit (o, c) comes after those of all bits before it: `count` counts the bits of each row of the chosen
+memories (O F / 8 bytes a memory), `element` adds up what precedes its tile and counts on within it. Few rows are cut
+over the columns to fill the device, and `sum` adds the parts in order. Bound by unpacking, some 20 integer instructions
+for each of the O F positions: 60 us of an H100's integer units for Llama-2-7B, once for up to 16 rows (decode) and once
+for every 256 (prefill, beside the product of 2 N O F FLOP). Not measured yet on a device.
 """
 
 import torch
@@ -46,7 +45,7 @@ def count_fwd_kernel(
     p_counts, p_bits, p_choice, batch, outputs, words, span, SPLITS: tl.constexpr, BLOCK_O: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """counts [J, O, SPLITS]: set bits of each row and `span` words of it; only of memories that a sequence has chosen."""
+    """counts [J, O, SPLITS]: set bits of `span` words of each row, of the memories that a sequence has chosen."""
     j, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
     wanted = 0
     for b in range(0, batch, BLOCK_W):

@@ -1,5 +1,5 @@
-"""What the gated ops share: which rows a tile holds and which memory each of them chose, the order that brings sequences
-of one memory together, and the addition of responses that are known already, y_n += side[choice[n // T], n].
+"""What the gated ops share: which rows a tile holds and which memory each of them chose, the order that brings the
+sequences of a memory together, and the addition of responses that are known, y_n += side[choice[n // T], n].
 """
 
 import torch

@@ -1,13 +1,15 @@
-"""leverage on a device: out [J, N] = ||a_S U_j||^2 / ||a_S||^2 with a_S = a[:, columns_j] of a [N, F] and U_j [|S_j|, r]
-rows bounds[j]:bounds[j+1] of `factors` [R, r], all memories in one grouped launch. `thin_norms` gives ||a_S U_j|| alone,
-which is the norm of a sketched memory (`sketch.py`).
+"""leverage on a device: out [J, N] = ||a_S U_j||^2 / ||a_S||^2 with a_S = a[:, columns_j] of a [N, F] and U_j the rows
+bounds[j]:bounds[j+1] of `factors` [R, r], all memories in one grouped launch. `thin_norms` gives ||a_S U_j|| alone, the
+norm of a sketched memory (`sketch.py`).
 
-Precision: activations of 16 bits and factors rounded to fp16 have at most 11 significant bits, as many as tf32 keeps, so
-tensor cores multiply them exactly and add in fp32. fp32 activations are multiplied in IEEE fp32.
+Precision: activations of 16 bits and factors that have been rounded to fp16 have at most 11 significant bits, as many
+as tf32 keeps: tensor cores multiply them exactly and add in fp32. Factors with more bits are rounded to 11. fp32
+activations are multiplied in IEEE fp32.
 
-Few tokens are bound by reading the factors, 4 R r bytes, and cut over blocks of r to fill the device; many by the product,
-2 N R r FLOP at the rate of tf32, and the gather of a_S, one 2-byte load an element, done once for all of r. Not measured
-yet on a device.
+Few tokens are bound by reading the factors, 4 R r bytes, and cut over blocks of r to fill the device; many by the
+product, 2 N R r FLOP at the rate of tf32, and the gather of a_S, one 2-byte load an element, done once for all of r.
+Predicted for 2048 tokens and 64 memories of Llama-2-7B (r 128) on an H100: 74 GFLOP, 0.2 ms; for 8 tokens and 4
+memories 4.5 MB, 3 us and two launches. Not measured yet on a device.
 """
 
 import torch
