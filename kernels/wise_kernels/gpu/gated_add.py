@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gated_rows import ordered, rows_of
-from .launch import AotCase, guard, interpreted
+from .launch import SIZES, AotCase, guard, interpreted
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 # BLOCK_N, BLOCK_O, BLOCK_K, num_warps, num_stages
@@ -30,14 +30,14 @@ GROUP = 8
 ENOUGH = 120
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def few_fwd_kernel(
     p_y, p_a, p_values, p_columns, p_bounds, p_choice, rows, tokens, memories, outputs,
     s_yn, s_yo, s_an, s_af, s_vr, s_vo,
     UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_O outputs of up to BLOCK_N rows; bound by the bandwidth of values."""
-    o_p = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_p = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     b_n, b_j = rows_of(p_choice, p_choice, o_p, rows, tokens, memories, False)
     o_o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O).to(tl.int64)
     m_o = o_o < outputs
@@ -72,13 +72,13 @@ def add_rows(p_y, b_acc, b_n, o_o, m_n, m_o, s_yn, s_yo):
     tl.store(p_tile, (b_y + b_acc).to(p_y.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pack_fwd_kernel(
     p_packed, p_a, p_columns, p_bounds, p_choice, p_order, rows, tokens, memories, s_packed, s_an, s_af,
     ORDER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """packed[p, k] = a[n, columns_j[k]] for the row n and memory j at position p, zeros up to a multiple of BLOCK_K."""
-    o_p = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_p = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     b_n, b_j = rows_of(p_choice, p_order, o_p, rows, tokens, memories, ORDER)
     if tl.max(b_j, 0) >= 0:
         m_n = b_j >= 0
@@ -89,11 +89,11 @@ def pack_fwd_kernel(
         m = o_k[None, :] < b_size[:, None]
         b_column = tl.load(p_columns + b_low[:, None] + o_k[None, :], mask=m, other=0)
         b_a = tl.load(p_a + (b_n * s_an)[:, None] + b_column * s_af, mask=m, other=0.0)
-        p_tile = p_packed + (o_p * s_packed)[:, None] + o_k[None, :]
+        p_tile = p_packed + (o_p.to(tl.int64) * s_packed)[:, None] + o_k[None, :]
         tl.store(p_tile, b_a, mask=(first < b_size)[:, None] & (o_k >= 0)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def tiles_fwd_kernel(
     p_y, p_packed, p_values, p_bounds, p_choice, p_order, rows, tokens, memories, outputs,
     s_packed, s_yn, s_yo, s_vr, s_vo,
@@ -106,18 +106,18 @@ def tiles_fwd_kernel(
     group = tl.program_id(0) // (GROUP * tiles_o)
     size = min(tiles_n - group * GROUP, GROUP)
     within = tl.program_id(0) % (GROUP * tiles_o)
-    o_p = (group * GROUP + within % size).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_p = (group * GROUP + within % size) * BLOCK_N + tl.arange(0, BLOCK_N)
     b_n, b_j = rows_of(p_choice, p_order, o_p, rows, tokens, memories, ORDER)
     o_o = within // size * BLOCK_O + tl.arange(0, BLOCK_O)
     m_o = o_o < outputs
     o_k = tl.arange(0, BLOCK_K)
     # Not masked: what a row of another memory, or past the end, holds stays in its row, and that is not stored.
-    p_rows = p_packed + (tl.minimum(o_p, rows - 1) * s_packed)[:, None] + o_k[None, :]
+    p_rows = p_packed + (tl.minimum(o_p, rows - 1).to(tl.int64) * s_packed)[:, None] + o_k[None, :]
     b_left = b_j
     j = tl.max(b_left, 0)
     while j >= 0:
         low = tl.load(p_bounds + j)
-        depth = (tl.load(p_bounds + j + 1) - low).to(tl.int32)
+        depth = min((tl.load(p_bounds + j + 1) - low).to(tl.int32), s_packed)
         p_tile = p_values + ((low + o_k) * s_vr)[:, None] + (o_o.to(tl.int64) * s_vo)[None, :]
         b_acc = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
         for k in range(0, depth, BLOCK_K):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .gated_add import POINTERS, add_rows
 from .gated_rows import ordered, rows_of
-from .launch import AotCase, guard, interpreted
+from .launch import SIZES, AotCase, guard, interpreted
 
 # BLOCK_N, BLOCK_O, WORDS (of 32 columns a step), SPLITS of the columns, num_warps, num_stages
 FEW, SOME, MANY = (16, 32, 2, 4, 4, 3), (64, 32, 2, 4, 4, 3), (256, 64, 2, 1, 8, 2)
@@ -40,7 +40,7 @@ def load_words(p_bits, o_row, o_w, m):
     return tl.load(p_bits + o_row + o_w, mask=m, other=0).to(tl.uint32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def count_fwd_kernel(
     p_counts, p_bits, p_choice, batch, outputs, words, span, SPLITS: tl.constexpr, BLOCK_O: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -89,7 +89,7 @@ def unpack(p_values, b_word, b_at, BLOCK_O: tl.constexpr, WORDS: tl.constexpr):
     return tl.reshape(b_d, [BLOCK_O, WORDS * 32]), tl.sum(b_count, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def element_fwd_kernel(
     p_y, p_parts, p_a, p_values, p_bits, p_bounds, p_counts, p_choice, p_order,
     rows, tokens, memories, outputs, width, words, span, s_yn, s_yo, s_an, s_af,
@@ -97,7 +97,7 @@ def element_fwd_kernel(
     BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_O outputs of BLOCK_N positions over a split of the columns; added to y, or kept in parts [SPLITS, N, O]."""
-    o_p = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_p = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
     b_n, b_j = rows_of(p_choice, p_order, o_p, rows, tokens, memories, ORDER)
     first = tl.program_id(0) * BLOCK_O
@@ -134,7 +134,7 @@ def element_fwd_kernel(
         j = tl.max(b_left, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def sum_fwd_kernel(
     p_y, p_parts, p_choice, rows, tokens, memories, outputs, s_yn, s_yo, SPLITS: tl.constexpr, BLOCK_O: tl.constexpr
 ):

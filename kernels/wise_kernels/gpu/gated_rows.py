@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import AotCase, guard
+from .launch import SIZES, AotCase, guard
 
 ORDER_BLOCK = 64
 SIDE_N, SIDE_O = 4, 1024
@@ -17,15 +17,17 @@ SIDE_N, SIDE_O = 4, 1024
 def rows_of(p_choice, p_order, o_p, rows, tokens, memories, ORDER: tl.constexpr):
     """Row and chosen memory (-1: none) at positions o_p; position p is token p % T of the (p // T)-th sequence."""
     m_p = o_p < rows
-    b_sequence = o_p // tokens
+    b_n, b_sequence = o_p.to(tl.int64), (o_p // tokens).to(tl.int64)
     if ORDER:
+        b_n -= b_sequence * tokens
         b_sequence = tl.load(p_order + b_sequence, mask=m_p, other=0)
+        b_n += b_sequence * tokens
     b_j = tl.load(p_choice + b_sequence, mask=m_p, other=-1).to(tl.int32)
     # A memory that is not in the bank would send the reads anywhere.
-    return b_sequence * tokens + o_p % tokens, tl.where(b_j < memories, b_j, -1)
+    return b_n, tl.where(b_j < memories, b_j, -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def order_fwd_kernel(p_choice, p_order, batch, memories, BLOCK: tl.constexpr):
     """order [B]: sequences sorted by memory, those out of scope last, by counting who comes before; B^2 comparisons."""
     o_s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -47,13 +49,13 @@ def _key(p_choice, o_s, batch, memories):
     return tl.where(o_s < batch, b_j, memories + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def side_fwd_kernel(
     p_y, p_side, p_choice, rows, tokens, memories, outputs, s_yn, s_yo, s_sj, s_sn, s_so,
     BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """Bound by bandwidth: y twice and one response of the rows in scope."""
-    o_p = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_p = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     b_n, b_j = rows_of(p_choice, p_choice, o_p, rows, tokens, memories, False)
     if tl.max(b_j, 0) >= 0:
         o_o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O).to(tl.int64)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import AotCase, guard
+from .launch import SIZES, AotCase, guard
 
 # BLOCK_N, BLOCK_K, BLOCK_R, num_warps, num_stages
 SMALL = (16, 128, 16, 4, 4)
@@ -29,7 +29,7 @@ ENOUGH = 128
 BLOCK_SUM = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def thin_fwd_kernel(
     p_a, p_columns, p_bounds, p_factors, p_taught, p_total, rows, rank, s_an, s_af, s_fk, s_fr,
     RATIO: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
@@ -72,7 +72,7 @@ def finished(b_taught, b_total, RATIO: tl.constexpr):
     return tl.sqrt(b_taught)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count", "parts"))
 def thin_sum_kernel(p_taught, p_total, p_out, count, parts, RATIO: tl.constexpr, BLOCK: tl.constexpr):
     """Add the parts [parts, count] in their order, so that equal inputs give equal bits, and finish."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import AotCase, guard
+from .launch import SIZES, AotCase, guard
 
 # A program that chooses holds all memories of its sequence: (most memories, BLOCK_J, BLOCK_T).
 WHOLE = ((1, 1, 1024), (4, 4, 512), (16, 16, 128), (64, 64, 32))
@@ -91,7 +91,7 @@ def reduce_tokens(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def route_fwd_kernel(
     p_norms, p_mask, p_thresholds, p_leverage, p_floors, p_scores, p_shares, p_choice,
     memories, tokens, s_nj, s_nn, s_mb, s_mt, s_lj, s_ln,
@@ -118,7 +118,7 @@ def route_fwd_kernel(
         tl.store(p_choice + b, chosen.to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def choose_fwd_kernel(
     p_scores, p_shares, p_states, p_thresholds, p_floors, p_choice, memories,
     LEVERAGE: tl.constexpr, FLOORS: tl.constexpr, STATES: tl.constexpr, BLOCK_J: tl.constexpr,

@@ -4,9 +4,9 @@ the rows of those pairs alone; `settle` reduces them to scores, and the choice i
 
 Nothing comes back to the host: `exact` and `settle` are launched for all pairs, and a program whose rows have none open
 is done after reading their states, 4 bytes a row and memory. Sketching is bound as `thin_norms` is, by 2 N R s FLOP or
-4 R s bytes; an open pair adds reading its memory, or 2 T |S_j| O FLOP. Predicted for 64 memories of Llama-2-7B, s 32, on
-an H100: 18 MB, 6 us, for a few tokens and 18 GFLOP, 50 us, for 2048, beside a plain projection of 27 and 284 us; and six
-launches of 2 us. Not measured yet on a device.
+4 R s bytes; an open pair adds reading its memory, or 2 T |S_j| O FLOP. Predicted for 64 memories of Llama-2-7B, s 32,
+on an H100: 18 MB, 6 us, for a few tokens and 18 GFLOP, 50 us, for 2048, beside a plain projection of 27 and 284 us; and
+six launches of 2 us. Not measured yet on a device.
 """
 
 import torch
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gated_add import POINTERS
-from .launch import AotCase, guard, interpreted
+from .launch import SIZES, AotCase, guard, interpreted
 from .leverage import thin_norms
 from .route import best_of, choose, config, score
 
@@ -25,7 +25,7 @@ FEW_FP32, MANY_FP32 = (16, 32, 32, 4, 4), (64, 64, 16, 4, 3)
 BLOCK_J, SETTLE_T = 32, 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def contend_fwd_kernel(
     p_states, p_scores, p_shares, p_thresholds, p_floors, low, high, memories,
     LEVERAGE: tl.constexpr, FLOORS: tl.constexpr, BLOCK_J: tl.constexpr,
@@ -69,16 +69,17 @@ def contend_fwd_kernel(
                 tl.store(p_states + first + o_j, tl.where(b_possible, tl.where(b_settled, 2, 1), 0), mask=m_j)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def exact_fwd_kernel(
     p_squares, p_a, p_values, p_columns, p_bounds, p_states, rows, tokens, memories, outputs, s_an, s_af, s_vr, s_vo,
     UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """squares [tiles, J, N]: the sum over a tile of outputs of (a_S V_j)^2, for rows whose state under j is 1."""
-    o_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_p = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_n = o_p.to(tl.int64)
     o_o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O).to(tl.int64)
     m_o = o_o < outputs
-    p_row = p_states + o_n // tokens * memories
+    p_row = p_states + (o_p // tokens).to(tl.int64) * memories
     for start in range(0, memories, BLOCK_J):
         o_j = start + tl.arange(0, BLOCK_J)
         m_j = o_j < memories
@@ -106,7 +107,7 @@ def exact_fwd_kernel(
             j = tl.max(b_left, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def settle_fwd_kernel(
     p_scores, p_squares, p_mask, p_states, rows, tokens, memories, tiles, s_mb, s_mt,
     MAX: tl.constexpr, BLOCK_T: tl.constexpr,
