@@ -12,7 +12,7 @@ UNFINISHED := $(VENV)/.unfinished
 .PHONY: help venv demo lint test test-gpu bench bench-ops bench-gpu aot clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 venv: $(STAMP) ## make .venv with everything in it, at the versions of constraints.txt
 

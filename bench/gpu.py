@@ -74,11 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     began = time.perf_counter()
-    # Whatever hangs, in Python or below it, ends here; rows are recorded case by case.
-    faulthandler.dump_traceback_later(HARD_END, exit=True)
     found = torch.cuda.is_available()
     place = Place(torch.device("cuda" if found else "cpu"), full=found)
     torch.manual_seed(0)
+    if found:
+        # Whatever hangs, in Python or below it, ends here; rows are recorded case by case.
+        faulthandler.dump_traceback_later(HARD_END, exit=True)
     run = Run(place, Clock(place.device), options.out, ["python", "-m", "bench.gpu", *arguments])
     if run.clock.dry:
         logging.info("no GPU here: a dry run that builds and calls every case, small, on the CPU; no row is recorded")

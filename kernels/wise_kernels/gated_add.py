@@ -74,6 +74,28 @@ def _gated_add_element_(
     _add_in_scope(y, choice, len(found), respond)
 
 
+@_gated_add_.register_kernel("cuda")
+def _(y, a, values, columns, bounds, choice, side):
+    from .gpu import gated_add, gated_rows
+
+    if y.dtype == torch.float64:
+        return _add_chosen(y, choice, neuron_side(a, values, columns, bounds, True)[0] if side is None else side)
+    if side is not None:
+        return gated_rows.add_side(y, side, choice)
+    gated_add.gated_add(y, a, values, columns, bounds, choice)
+
+
+@_gated_add_element_.register_kernel("cuda")
+def _(y, a, values, bits, bounds, choice, side):
+    from .gpu import gated_add_element, gated_rows
+
+    if y.dtype == torch.float64:
+        return _add_chosen(y, choice, element_side(a, values, bits, bounds, True)[0] if side is None else side)
+    if side is not None:
+        return gated_rows.add_side(y, side, choice)
+    gated_add_element.gated_add_element(y, a, values, bits, bounds, choice)
+
+
 @_gated_add_.register_fake
 @_gated_add_element_.register_fake
 def _fake(y, a, values, layout, bounds, choice, side):

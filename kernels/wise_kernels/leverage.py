@@ -24,6 +24,13 @@ def _leverage(a: Tensor, columns: Tensor, bounds: Tensor, factors: Tensor) -> Te
     return out
 
 
+@_leverage.register_kernel("cuda")
+def _(a, columns, bounds, factors):
+    from .gpu import leverage
+
+    return leverage.leverage(a, columns, bounds, factors)
+
+
 @_leverage.register_fake
 def _(a, columns, bounds, factors):
     return a.new_empty(bounds.shape[0] - 1, a.shape[0], dtype=torch.float32)

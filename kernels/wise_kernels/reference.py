@@ -81,6 +81,30 @@ def leverage(a, columns, bounds, factors):
     return out
 
 
+def sketched_route(a, dense, sketched, within, prompt_mask, thresholds, leverage=None, floors=None, reduction="mean"):
+    """route by norms ||a_t D_j^T||, made exact only where sketched ones, ||a_t G_j^T||, do not decide: exact scores lie
+    within [low, high] times sketched scores. dense [J, O, F], sketched [J, s, F]."""
+    low, high = within
+    norms, rough = (torch.einsum("nf,jof->jno", a.float(), d).square().sum(-1).sqrt() for d in (dense, sketched))
+    exact = route(norms, prompt_mask, thresholds, reduction=reduction)[0]
+    scores = route(rough, prompt_mask, thresholds, reduction=reduction)[0]
+    choice = torch.full((len(prompt_mask),), -1)
+    for b, mask in enumerate(prompt_mask):
+        rivals = [j for j in range(len(dense)) if high * scores[b, j] > thresholds[j]]
+        if leverage is None:
+            sure = [low * scores[b, j] / thresholds[j] for j in rivals if low * scores[b, j] > thresholds[j]]
+            rivals = [j for j in rivals if high * scores[b, j] / thresholds[j] >= max(sure, default=0)]
+        elif mask.any():
+            share = leverage.float().view(-1, *prompt_mask.shape)[:, b, mask].mean(-1)
+            rivals = [j for j in rivals if j == share.argmax() and (floors is None or share[j] >= floors[j])]
+        if len(rivals) > 1 or (rivals and low * scores[b, rivals[0]] <= thresholds[rivals[0]]):
+            scores[b, rivals] = exact[b, rivals]
+        rivals = [j for j in rivals if scores[b, j] > thresholds[j]]
+        if rivals:
+            choice[b] = max(rivals, key=lambda j: scores[b, j] / thresholds[j])
+    return scores, choice
+
+
 def masked_update(dense, mask, a, dy, state, lr, step, optimizer, momentum, betas, eps, weight_decay, clamp):
     """One step on D [O, F] inside `mask`: g = M * (dY^T a), SGD or Adam, decoupled decay, clamp. state: {"m", "v"}."""
     grad = (dy.float().t() @ a.float()) * mask

@@ -11,6 +11,8 @@ from torch import Tensor
 
 # "sm_*" are NVIDIA's, "gfx942" is AMD's MI300.
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Arguments that change from call to call: specialised on, they would compile again for 1 and for multiples of 16.
+SIZES = ("rows", "tokens", "memories", "batch")
 
 
 def guard(tensor: Tensor) -> AbstractContextManager:
