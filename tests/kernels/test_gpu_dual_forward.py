@@ -11,11 +11,13 @@ from tolerances import DTYPES, assert_fp32, assert_within
 
 pytest.importorskip("triton")
 
+import wise_kernels  # noqa: E402
 from wise_kernels import popcount_table, reference  # noqa: E402
 from wise_kernels.bits import unpack_dense  # noqa: E402
 from wise_kernels.gpu import dual_forward_element as element  # noqa: E402
 from wise_kernels.gpu import dual_tiles  # noqa: E402
 from wise_kernels.gpu.dual_forward import dual_forward  # noqa: E402
+from wise_kernels.side_forward import element_side, element_side_gpu, neuron_side, neuron_side_gpu  # noqa: E402
 
 # One either side of every change of kernel, 63 and 64 where they are cheap.
 ROWS = [1, 7, 17, 65]
@@ -185,6 +187,24 @@ def test_tiles_fill_the_device():
         assert many(2048, 4096, 1) == large and many(512, 4096, 1) == middle and many(100, 4096, 1) == small
         assert many(100, 4096, 64) == large
     assert many(2048, 4096, 1, torch.float32) == dual_tiles.TILES["fp32"][0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_the_ops_call_on_a_device_does_what_they_do_on_cpu(device, dtype):
+    a, neuron, packed = normal(5, 63, dtype=dtype), neuron_bank((20, 7), dtype=dtype), element_bank((0.3,), dtype=dtype)
+    found = neuron_side_gpu(*on(device, a, *neuron), True) + element_side_gpu(*on(device, a, *packed), True, None)
+    for got, expected in zip(found, neuron_side(a, *neuron, True) + element_side(a, *packed, True), strict=True):
+        assert got.dtype == expected.dtype
+        assert_fp32(got.cpu(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [4, 100])
+def test_a_fused_main_output_is_close_and_the_default_is_exact(rows):
+    a, weight, bias = (x.cuda() for x in (normal(rows, 63), normal(7, 63, seed=5), normal(7)))
+    bank, plain = on("cuda", *neuron_bank((20, 7))), F.linear(a, weight, bias)
+    assert torch.equal(wise_kernels.dual_forward(a, weight, bias, *bank)[0], plain)
+    assert_fp32(wise_kernels.dual_forward(a, weight, bias, *bank, exact_main=False)[0], plain)
 
 
 @pytest.mark.gpu

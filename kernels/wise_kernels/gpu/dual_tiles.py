@@ -1,9 +1,9 @@
 """Neuron layout, many rows (N > 64): bound by the matrix units, 2 N O (R + F if fused) operations.
 
 Single columns of `a` in a matmul's main loop would be 2-byte loads that keep the matrix units waiting, so `compact`
-first copies a_S = a[:, columns] of all memories to [N, P]: `a` comes from memory once, in the order of its rows, and
-memory j begins at a multiple of 64, start_j = 64 (bounds[j] // 64 + j), with zeros behind its last column (a closed
-form: no scan over the memories). Then one grouped launch: tiles of y (depth F) first, as the heaviest, then
+first copies a_S = a[:, columns] of all memories to [N, P], N R elements: `a` comes from memory once, in the order of
+its rows, and memory j begins at a multiple of 64, start_j = 64 (bounds[j] // 64 + j), with zeros behind its last column
+(a closed form: no scan over the memories). Then one grouped launch: tiles of y (depth F) first, as the heaviest, then
 tiles of every memory (depth |S_j|), a few rows of tiles at a time so that they share both operands in the L2 cache.
 Its epilogue leaves sums of squares by row and tile of outputs, which `finish_norms` adds in order. Without `response`
 nothing else is written. Predicted for 2048 rows of Llama-2-7B (4096 x 11008, rho 0.2, one memory, bf16) on an H100:
