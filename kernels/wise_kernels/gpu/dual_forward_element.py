@@ -34,7 +34,7 @@ FEW_ROWS, SOME_ROWS = 16, 64
 PROGRAMS = 512
 # (up to FEW_ROWS, up to SOME_ROWS, more)
 TILES = {
-    "wgmma": (Tile(16, 64, 64, 8, 4), Tile(64, 64, 64, 8, 4), Tile(256, 64, 64, 8, 3, 128)),
+    "wgmma": (Tile(16, 64, 64, 8, 4, 80), Tile(64, 64, 64, 8, 4, 80), Tile(256, 64, 64, 8, 3, 128)),
     "mma": (Tile(16, 64, 64, 8, 4), Tile(64, 64, 64, 8, 4), Tile(128, 64, 64, 8, 3)),
     "amd": (Tile(16, 64, 64, 8, 2), Tile(64, 64, 64, 8, 2), Tile(128, 64, 64, 8, 2)),
     "fp32": (Tile(16, 64, 16, 4, 3), Tile(64, 64, 16, 4, 3), Tile(64, 64, 16, 4, 3)),
