@@ -105,7 +105,7 @@ def _load_values(p_values, b_bits, b_place, BO: tl.constexpr, BK: tl.constexpr):
     return tl.reshape(tl.join(b_even, b_odd), [BO, BK])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "splits"])
 def element_fwd_kernel(
     p_a, p_values, p_bits, p_table, p_bounds, p_parts, p_side, p_squares,
     N, O, F, W, blocks, s_an, splits, chunk,

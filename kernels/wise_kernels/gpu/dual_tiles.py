@@ -45,7 +45,7 @@ def many_rows_tile(a: Tensor, outputs: int, products: int) -> Tile:
     return tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "memories"])
 def compact_fwd_kernel(
     p_a, p_columns, p_bounds, p_packed, N, memories, s_an, s_af, s_packed,
     BN: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr,
@@ -68,7 +68,7 @@ def compact_fwd_kernel(
     tl.store(p_packed + o_n * s_packed + chunk * BK + o_k[None, :], b_a, mask=o_n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def tiles_fwd_kernel(
     p_a, p_weight, p_bias, p_packed, p_values, p_bounds, p_y, p_side, p_squares,
     N, O, F, s_an, s_af, s_wo, s_wf, s_packed,
