@@ -1,4 +1,4 @@
-"""One optimiser step on a compact memory in the neuron layout: values [K, O] -= step of g = features^T dY, with features
+"""One optimiser step on a compact memory in the neuron layout: values [K, O] -= step(g), g = features^T dY, features
 [N, K] and dY [N, O] of N tokens. The product stays in registers and goes straight into SGD, momentum or Adam, weight
 decay and the clamp, in place, and into a low-precision copy: one launch, and no gradient in device memory. A program
 loops over all of N, so there are no atomics and a launch is deterministic.
@@ -7,7 +7,6 @@ Bound: few tokens, device memory, 8 bytes an entry and fp32 array that is read a
 the matrix units, 2 N flop an entry (three times that in tf32x3). The element layout is in masked_update_element.py.
 """
 
-import torch
 import triton
 import triton.language as tl
 

@@ -156,8 +156,8 @@ def masked_update_element(values, bits, a, dy, exp_avg, exp_avg_sq, copy, *hyper
             **options, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         element_step_kernel[(triton.cdiv(values.numel(), BLOCK_STEP),)](
-            p_values, grad, row_start, p_first, p_second, p_copy, outputs, values.numel(), *numbers, **flags, COPY=copy is not None,
-            BLOCK=BLOCK_STEP,
+            p_values, grad, row_start, p_first, p_second, p_copy, outputs, values.numel(), *numbers, **flags,
+            COPY=copy is not None, BLOCK=BLOCK_STEP,
         )  # fmt: skip
     given.write_back()
 

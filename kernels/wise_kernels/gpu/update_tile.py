@@ -1,5 +1,5 @@
-"""What both layouts of masked_update share: the product over tokens, the optimiser's step on a block of entries, and the
-host side of the two. The kernels are in masked_update.py (neuron) and masked_update_element.py (element).
+"""What both layouts of masked_update share: the product over tokens, the optimiser's step on a block of entries, and
+the host side of the two. The kernels are in masked_update.py (neuron) and masked_update_element.py (element).
 """
 
 import torch
