@@ -80,12 +80,16 @@ def _sampled_product(bits: Tensor, a: Tensor, dy: Tensor, count: int) -> Tensor:
     block = max(1, BLOCK_ENTRIES // max(1, width))
     lows = range(0, bits.shape[0], block)
     if a.device.type == "cpu":
-        masks = (unpack_bits(bits[low : low + block], width) for low in lows)
-        dense = (dy[:, low : low + block].t() @ a for low in lows)
-        packed = [d.flatten().index_select(0, _set_bits(mask)) for d, mask in zip(dense, masks, strict=True)]
-        packed = torch.cat([a.new_zeros(0), *packed])
-        if len(packed) != count:
-            raise ValueError(f"bits have {len(packed)} weights in the mask, values has {count}")
+        packed, start = a.new_empty(count), 0
+        for low in lows:
+            at = _set_bits(unpack_bits(bits[low : low + block], width))
+            dense = dy[:, low : low + block].t() @ a
+            if start + len(at) > count:
+                raise ValueError(f"bits have more weights in the mask than values, which has {count}")
+            torch.index_select(dense.flatten(), 0, at, out=packed[start : start + len(at)])
+            start += len(at)
+        if start != count:
+            raise ValueError(f"bits have {start} weights in the mask, values has {count}")
         return packed
     # Slot `count` takes what lies outside the mask: no host sync, so a wrong V is the caller's to avoid.
     packed, start = a.new_zeros(count + 1), torch.zeros((), dtype=torch.int64, device=a.device)

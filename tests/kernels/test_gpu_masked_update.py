@@ -1,4 +1,4 @@
-"""The Triton kernels of masked_update_ against the definition: on a device where there is one, else in the interpreter."""
+"""The Triton kernels of masked_update_ against the definition: on a device where there is one, else interpreted."""
 
 import pytest
 import torch
@@ -210,8 +210,13 @@ def test_operands_of_two_dtypes_meet_in_fp32():
 
 @pytest.mark.parametrize(
     "tokens,rows,columns,itemsize,regime",
-    [(64, 410, 640, 4, "narrow"), (64, 2202, 4096, 2, "few"), (512, 2202, 4096, 2, "many16"), (512, 2202, 4096, 4, "many32")],
-)  # fmt: skip
+    [
+        (64, 410, 640, 4, "narrow"),
+        (64, 2202, 4096, 2, "few"),
+        (512, 2202, 4096, 2, "many16"),
+        (512, 2202, 4096, 4, "many32"),
+    ],
+)
 def test_configurations(tokens, rows, columns, itemsize, regime):
     assert neuron.config(tokens, rows, columns, itemsize) == neuron.CONFIGS[regime]
 
