@@ -191,6 +191,15 @@ def show(rows: Sequence[dict], columns: Sequence[str], as_json: bool = False, ti
     sys.stdout.write("\n".join(line for line in lines if line) + "\n")
 
 
+def markdown(rows: Sequence[dict], columns: Sequence[str]) -> str:
+    """These columns as a markdown table, without rich, which a machine with a GPU may not have."""
+    cells = [list(columns), *([_shown(row[name]) for name in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |" for line in cells]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines) + "\n"
+
+
 def _shown(value) -> str:
     if value is None:
         return ""

@@ -16,6 +16,7 @@ from wise_fast.routing import Routing
 
 D_OUT, D_FF = 24, 40
 LAYOUTS = ("neuron", "element")
+STATIC = {"force_nn_module_property_static_shapes": False, "force_parameter_static_shapes": False}
 
 
 def make_base(kind="linear", bias=True, seed=0):
@@ -27,18 +28,18 @@ def make_base(kind="linear", bias=True, seed=0):
     return nn.Linear(D_FF, D_OUT, bias=bias)
 
 
-def make_memories(layout, thresholds, seed=0, shape=(D_OUT, D_FF)):
+def make_memories(layout, thresholds, seed=0, shape=(D_OUT, D_FF), ratio=0.5):
     generator = torch.Generator().manual_seed(seed)
     memories = []
     for threshold in thresholds:
-        memory = SideMemory.blank(layout, shape, 0.5, generator, "cpu")
+        memory = SideMemory.blank(layout, shape, ratio, generator, "cpu")
         values = torch.randn(memory.values.shape, generator=generator)
         memories.append(memory.replace(values=values, threshold=threshold, edits=(0,)))
     return memories
 
 
-def make_bank(layout, thresholds, seed=0, shape=(D_OUT, D_FF), dtype=torch.float32):
-    return Bank.pack(make_memories(layout, thresholds, seed, shape), dtype)
+def make_bank(layout, thresholds, seed=0, shape=(D_OUT, D_FF), dtype=torch.float32, ratio=0.5):
+    return Bank.pack(make_memories(layout, thresholds, seed, shape, ratio), dtype)
 
 
 def inputs(*size, seed=3):
@@ -153,7 +154,7 @@ def test_state_dict_round_trip(layout, there, assign):
         other.set_bank(make_bank(layout, (0.1,) * there, seed=9))
     other.load_state_dict(module.state_dict(), assign=assign)
     a = inputs(4, 5)
-    assert torch.equal(other(a), module(a)) and other.offsets == module.offsets
+    assert torch.equal(other(a), module(a)) and torch.equal(other.bounds, module.bounds)
     assert torch.equal(other.routing.choice, module.routing.choice) and other.memories == 2
     assert other.layout == layout
     other.load_state_dict(DualMemoryLinear(make_base()).state_dict())  # back to no memories
@@ -198,6 +199,22 @@ def test_compiles_without_graph_breaks(layout, count):
             assert torch.equal(module.routing.choice, choice)
             module.routing.held = torch.tensor([-1, 0, 0])
             torch.testing.assert_close(compiled(a), module(a))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_changed_bank_does_not_recompile(layout):
+    """Dynamo takes a module's buffers for static unless it is told not to; the bounds are data in any case."""
+    torch._dynamo.reset()
+    module, a = DualMemoryLinear(make_base()), inputs(3, 4)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with torch.no_grad(), torch._dynamo.config.patch(STATIC):
+        for stance, ratio in (("default", 0.5), ("fail_on_recompile", 0.25)):
+            module.set_bank(make_bank(layout, (5.0, 5.0), ratio=ratio))
+            for sized in (module.values, *([module.index] if layout == "neuron" else [])):
+                torch._dynamo.mark_dynamic(sized, 0)
+            with torch.compiler.set_stance(stance):
+                got = compiled(a)
+            assert (module.routing.choice >= 0).any() and torch.equal(got, module(a))
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])

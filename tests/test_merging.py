@@ -65,7 +65,7 @@ class TestMerge:
         again = merge_memories([merge_memories(memories[:2], 1.0), memories[2]], 1.0)
         a = torch.randn(5, SHAPE[1])
         torch.testing.assert_close(again.respond(again.select(a)), a @ again.dense().t(), rtol=1e-4, atol=1e-5)
-        assert Bank.pack([again], torch.float32).offsets == (0, again.values.shape[0])
+        assert Bank.pack([again], torch.float32).bounds.tolist() == [0, again.values.shape[0]]
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_merging_leaves_its_arguments(self, layout):

@@ -41,7 +41,6 @@ class DualMemoryLinear(nn.Module):
         self.routing = Routing() if routing is None else routing
         self.reduction = reduction
         self.in_features, self.out_features = linear_shape(base_layer)
-        self.offsets: tuple[int, ...] = (0,)
         for name in _BUFFERS:
             self.register_buffer(name, None)
 
@@ -61,12 +60,11 @@ class DualMemoryLinear(nn.Module):
     @property
     def memories(self) -> int:
         """Number of side memories being served."""
-        return len(self.offsets) - 1
+        return 0 if self.bounds is None else self.bounds.shape[0] - 1
 
     def set_bank(self, bank: Bank | None) -> None:
         """Serve `bank` from now on; None serves the main memory alone."""
         device = self.base_layer.weight.device
-        self.offsets = (0,) if bank is None else bank.offsets
         for name in _BUFFERS:
             value = None if bank is None else getattr(bank, name)
             setattr(self, name, None if value is None else value.to(device))
@@ -78,17 +76,17 @@ class DualMemoryLinear(nn.Module):
         held = self.routing.held
         y, side, choice = self._prefill(a, flat) if held is None else (self.base_layer(flat), None, held.to(a.device))
         add = kernels.gated_add_ if self.layout == "neuron" else kernels.gated_add_element_
-        add(y, flat, self.values, self.index, self.offsets, choice, side)
+        add(y, flat, self.values, self.index, self.bounds, choice, side)
         return y.view(*a.shape[:-1], self.out_features)
 
     def _prefill(self, a: Tensor, flat: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         forward = kernels.dual_forward if self.layout == "neuron" else kernels.dual_forward_element
         one = self.memories == 1
         weight = linear_weight(self.base_layer)
-        y, side, norms = forward(flat, weight, self.bias, self.values, self.index, self.offsets, response=one)
+        y, side, norms = forward(flat, weight, self.bias, self.values, self.index, self.bounds, response=one)
         leverage = None
         if self.factors is not None:
-            leverage = kernels.leverage(flat, self.index, self.offsets, self.factors)
+            leverage = kernels.leverage(flat, self.index, self.bounds, self.factors)
         mask = self.routing.mask
         if mask is None:
             batch = a.shape[0] if a.ndim > 2 else 1
@@ -112,8 +110,6 @@ class DualMemoryLinear(nn.Module):
                 value = state_dict.get(prefix + name)
                 device = self.base_layer.weight.device
                 setattr(self, name, None if value is None else torch.empty_like(value, device=device))
-            bounds = state_dict.get(prefix + "bounds")
-            self.offsets = (0,) if bounds is None else tuple(bounds.tolist())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

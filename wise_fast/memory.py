@@ -8,6 +8,7 @@ layout it is a bit per weight and `values` packs the weights row by row, [nnz].
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -60,7 +61,8 @@ class SideMemory:
         values = self.values if values is None else values
         if self.layout == "neuron":
             return selected @ values
-        side, _ = kernels.side_forward_element(selected, values, self.index[None], (0, values.numel()))
+        bounds = torch.arange(2, device=values.device) * values.numel()  # made there: nothing is copied to the device
+        side, _ = kernels.side_forward_element(selected, values, self.index[None], bounds)
         return side[0]
 
     def dense(self) -> Tensor:
@@ -93,21 +95,16 @@ class Bank:
 
     Attributes:
         values, index: concatenated over memories (element bits are stacked, [J, d_out, words]).
-        offsets: J + 1 bounds into `values`.
+        bounds: [J + 1] int64 into `values`, on its device: a change of bank is a change of data, not of code.
         thresholds: [J] fp32.
         factors: [sum K, r] fp32, or None when memories are told apart by score.
     """
 
     values: Tensor
     index: Tensor
-    offsets: tuple[int, ...]
+    bounds: Tensor
     thresholds: Tensor
     factors: Tensor | None
-
-    @property
-    def bounds(self) -> Tensor:
-        """`offsets` as a tensor, the form that a state_dict keeps."""
-        return torch.tensor(self.offsets)
 
     @classmethod
     def pack(cls, memories: list[SideMemory], dtype: torch.dtype, route_by: str = "leverage") -> Bank | None:
@@ -121,9 +118,8 @@ class Bank:
             return None
         if len({(m.layout, m.shape) for m in memories}) > 1:
             raise ConfigError("a bank holds memories of one layout and one projection shape")
-        layout, offsets = memories[0].layout, [0]
-        for memory in memories:
-            offsets.append(offsets[-1] + memory.values.shape[0])
+        layout = memories[0].layout
+        bounds = list(accumulate((m.values.shape[0] for m in memories), initial=0))
         joined = torch.cat if layout == "neuron" else torch.stack
         factors = None
         if route_by == "leverage" and len(memories) > 1 and all(m.factor is not None for m in memories):
@@ -134,7 +130,7 @@ class Bank:
         return cls(
             values.to(dtype),
             joined([m.index for m in memories]),
-            tuple(offsets),
+            torch.tensor(bounds, device=values.device),
             torch.tensor([m.threshold for m in memories], device=values.device),
             factors,
         )

@@ -9,6 +9,7 @@ from .leverage import leverage
 from .masked_update import masked_update_, masked_update_element_
 from .route import route
 from .side_forward import side_forward, side_forward_element
+from .sketch import sketch_bound, sketch_values, sketched_route
 from .ties_merge import ties_merge
 
 __all__ = [
@@ -23,6 +24,9 @@ __all__ = [
     "route",
     "side_forward",
     "side_forward_element",
+    "sketch_bound",
+    "sketch_values",
+    "sketched_route",
     "ties_merge",
     "unpack_bits",
 ]

@@ -1,9 +1,7 @@
 """Argument checks shared by the public functions: a bank of J memories is `values`, its `columns [R]` (neuron layout)
-or `bits [J, O, ceil(F/32)]` (element layout), and host `offsets [J + 1]`. They look at shapes and dtypes only, so
-they cost no host sync and vanish under torch.compile.
+or `bits [J, O, ceil(F/32)]` (element layout), and its `bounds [J + 1]`. They look at shapes, dtypes and devices only,
+so they cost no host sync and vanish under torch.compile; what bounds hold is checked where they are read (`spans`).
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,18 +11,32 @@ from .bits import words
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def check_offsets(offsets: Sequence[int], rows: int) -> list[int]:
-    """Return `offsets` as a list, or raise ValueError unless they run from 0 to `rows` without a step back."""
-    if isinstance(offsets, Tensor):
-        raise ValueError("offsets must be python ints, got a tensor: keep them on the host, reading them would sync")
-    # Loops over memories need their bounds on the host without reading the device.
-    offsets = list(offsets)
-    if len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != rows:
-        raise ValueError(f"offsets must be J + 1 ints from 0 to the {rows} rows of values, got {offsets}")
-    for low, high in zip(offsets, offsets[1:], strict=False):
-        if low > high:
-            raise ValueError(f"offsets must not decrease, got {offsets}")
-    return offsets
+def check_bounds(bounds: Tensor, values: Tensor) -> int:
+    """Return J, or raise ValueError unless `bounds` is int64 [J + 1] on the device of `values`."""
+    if not isinstance(bounds, Tensor):
+        raise ValueError(f"bounds must be a tensor on {values.device}, got {bounds!r}: build it once, with the bank")
+    if bounds.dim() != 1 or bounds.shape[0] < 1 or bounds.dtype != torch.int64 or bounds.device != values.device:
+        given = f"{bounds.dtype} {tuple(bounds.shape)} on {bounds.device}"
+        raise ValueError(f"bounds must be int64 [J + 1] on {values.device} like the bank, got {given}")
+    return bounds.shape[0] - 1
+
+
+def spans(bounds: Tensor, rows: int) -> list[tuple[int, int]]:
+    """The rows low:high of each memory, for implementations that loop over memories on the host.
+
+    Reading them is free on CPU and would sync elsewhere, save for one memory, whose span is known.
+
+    Raises ValueError unless `bounds` run from 0 to `rows` without a step back.
+    """
+    if bounds.shape[0] == 2 and bounds.device.type != "cpu":
+        return [(0, rows)]
+    ends = bounds.tolist()
+    if ends[0] != 0 or ends[-1] != rows:
+        raise ValueError(f"bounds must run from 0 to the {rows} rows of values, got {ends}")
+    found = list(zip(ends, ends[1:], strict=False))
+    if any(low > high for low, high in found):
+        raise ValueError(f"bounds must not decrease, got {ends}")
+    return found
 
 
 def check_activations(a: Tensor) -> None:
@@ -39,25 +51,24 @@ def check_columns(columns: Tensor, rows: int) -> None:
         raise ValueError(f"columns must be int64 [{rows}], got {columns.dtype} {tuple(columns.shape)}")
 
 
-def check_neuron(a: Tensor, values: Tensor, columns: Tensor, offsets: Sequence[int]) -> list[int]:
-    """Check a bank in the neuron layout against `a [N, F]`; return its offsets as a list."""
+def check_neuron(a: Tensor, values: Tensor, columns: Tensor, bounds: Tensor) -> int:
+    """Check a bank in the neuron layout against `a [N, F]`; return J."""
     check_activations(a)
     if values.dim() != 2 or values.dtype != a.dtype:
         raise ValueError(f"values must be {a.dtype} [R, O] like a, got {values.dtype} {tuple(values.shape)}")
     check_columns(columns, values.shape[0])
-    return check_offsets(offsets, values.shape[0])
+    return check_bounds(bounds, values)
 
 
-def check_element(a: Tensor, values: Tensor, bits: Tensor, offsets: Sequence[int]) -> list[int]:
-    """Check a bank in the element layout against `a [N, F]`; return its offsets as a list."""
+def check_element(a: Tensor, values: Tensor, bits: Tensor, bounds: Tensor) -> int:
+    """Check a bank in the element layout against `a [N, F]`; return J."""
     check_activations(a)
     if values.dim() != 1 or values.dtype != a.dtype:
         raise ValueError(f"values must be {a.dtype} [V] like a, got {values.dtype} {tuple(values.shape)}")
-    offsets = check_offsets(offsets, values.shape[0])
-    memories, width = len(offsets) - 1, words(a.shape[1])
+    memories, width = check_bounds(bounds, values), words(a.shape[1])
     if bits.dim() != 3 or bits.dtype != torch.int32 or bits.shape[0] != memories or bits.shape[2] != width:
         raise ValueError(f"bits must be int32 [{memories}, O, {width}], got {bits.dtype} {tuple(bits.shape)}")
-    return offsets
+    return memories
 
 
 def check_weight(a: Tensor, weight: Tensor, bias: Tensor | None, outputs: int | None = None) -> None:

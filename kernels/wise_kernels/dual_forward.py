@@ -3,14 +3,12 @@ side_j = a D_j^T [J, N, O], norms_j(t) = ||a_t D_j^T||_2 [J, N] (eq. 3). y is ex
 memories that are out of scope answers bit for bit like the unedited one.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import autocast, check_element, check_neuron, check_weight
-from .side_forward import element_side, element_side_backward, empty_side, neuron_side, neuron_side_backward
+from .side_forward import element_side, empty_side, neuron_side, side_backward, side_backward_element
 
 
 @torch.library.custom_op("wise::dual_forward", mutates_args=())
@@ -20,11 +18,11 @@ def _dual_forward(
     bias: Tensor | None,
     values: Tensor,
     columns: Tensor,
-    offsets: Sequence[int],
+    bounds: Tensor,
     response: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # The same call as the unedited layer's, on the same strides, is what makes y identical to the bit.
-    return F.linear(a, weight, bias), *neuron_side(a, values, columns, offsets, response)
+    return F.linear(a, weight, bias), *neuron_side(a, values, columns, bounds, response)
 
 
 @torch.library.custom_op("wise::dual_forward_element", mutates_args=())
@@ -34,22 +32,22 @@ def _dual_forward_element(
     bias: Tensor | None,
     values: Tensor,
     bits: Tensor,
-    offsets: Sequence[int],
+    bounds: Tensor,
     response: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return F.linear(a, weight, bias), *element_side(a, values, bits, offsets, response)
+    return F.linear(a, weight, bias), *element_side(a, values, bits, bounds, response)
 
 
 @_dual_forward.register_fake
 @_dual_forward_element.register_fake
-def _fake(a, weight, bias, values, layout, offsets, response):
+def _fake(a, weight, bias, values, layout, bounds, response):
     y = a.new_empty(a.shape[0], weight.shape[0])
-    return y, *empty_side(a, len(offsets) - 1, weight.shape[0], response)
+    return y, *empty_side(a, bounds.shape[0] - 1, weight.shape[0], response)
 
 
 def _setup_context(ctx, inputs, output):
-    a, weight, bias, values, layout, ctx.offsets, ctx.response = inputs
-    ctx.save_for_backward(weight, a, values, layout, *output[1:])
+    a, weight, _, values, layout, bounds, ctx.response = inputs
+    ctx.save_for_backward(weight, a, values, layout, bounds, *output[1:])
 
 
 def _linear_backward(ctx, grad_y: Tensor, weight: Tensor, a: Tensor):
@@ -62,14 +60,14 @@ def _linear_backward(ctx, grad_y: Tensor, weight: Tensor, a: Tensor):
 def _backward(ctx, grad_y, grad_side, grad_norms):
     weight, *saved = ctx.saved_tensors
     grad_a, grad_weight, grad_bias = _linear_backward(ctx, grad_y, weight, saved[0])
-    grad_side_a, grad_values = neuron_side_backward(ctx, grad_side, grad_norms, saved)
+    grad_side_a, grad_values = side_backward(grad_side, grad_norms, *saved, ctx.response)
     return grad_a + grad_side_a, grad_weight, grad_bias, grad_values, None, None, None
 
 
 def _backward_element(ctx, grad_y, grad_side, grad_norms):
     weight, *saved = ctx.saved_tensors
     grad_a, grad_weight, grad_bias = _linear_backward(ctx, grad_y, weight, saved[0])
-    grad_side_a, grad_values = element_side_backward(ctx, grad_side, grad_norms, saved)
+    grad_side_a, grad_values = side_backward_element(grad_side, grad_norms, *saved, ctx.response)
     return grad_a + grad_side_a, grad_weight, grad_bias, grad_values, None, None, None
 
 
@@ -83,7 +81,7 @@ def dual_forward(
     bias: Tensor | None,
     values: Tensor,
     columns: Tensor,
-    offsets: Sequence[int],
+    bounds: Tensor,
     response: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Main output, side responses and routing norms (eq. 3), neuron layout; differentiable in every float input.
@@ -94,19 +92,19 @@ def dual_forward(
         bias: [O] in the dtype of `a`, or None.
         values: [R, O] in the dtype of `a`; row r is column `columns[r]` of its memory's D.
         columns: [R] int64 in [0, F).
-        offsets: J + 1 python ints; rows offsets[j]:offsets[j+1] belong to memory j.
+        bounds: [J + 1] int64 on the device of the bank; rows bounds[j]:bounds[j+1] belong to memory j.
         response: whether to keep the responses, not only their norms.
 
     Returns:
         y [N, O], bit-identical to F.linear(a, weight, bias); side [J, N, O] in the dtype of `a` ([J, 0, O] without
         `response`); norms [J, N] fp32.
 
-    Raises ValueError for shapes or dtypes other than these.
+    Raises ValueError for shapes, dtypes or devices other than these, and on CPU for bounds that do not cover `values`.
     """
     a, weight, bias, values = autocast(a, weight, bias, values)
-    offsets = check_neuron(a, values, columns, offsets)
+    check_neuron(a, values, columns, bounds)
     check_weight(a, weight, bias, values.shape[1])
-    return _dual_forward(a, weight, bias, values, columns, offsets, response)
+    return _dual_forward(a, weight, bias, values, columns, bounds, response)
 
 
 def dual_forward_element(
@@ -115,7 +113,7 @@ def dual_forward_element(
     bias: Tensor | None,
     values: Tensor,
     bits: Tensor,
-    offsets: Sequence[int],
+    bounds: Tensor,
     response: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Main output, side responses and routing norms (eq. 3), element layout; differentiable in every float input.
@@ -126,16 +124,17 @@ def dual_forward_element(
         bias: [O] in the dtype of `a`, or None.
         values: [V] in the dtype of `a`, packed row-major over each memory's mask.
         bits: [J, O, ceil(F/32)] int32, see `bits.py`.
-        offsets: J + 1 python ints; values[offsets[j]:offsets[j+1]] belong to memory j, one to each of its set bits.
+        bounds: [J + 1] int64 on the device of the bank; values[bounds[j]:bounds[j+1]] belong to memory j, one to each
+            of its set bits.
         response: whether to keep the responses, not only their norms.
 
     Returns:
         y [N, O], bit-identical to F.linear(a, weight, bias); side [J, N, O] in the dtype of `a` ([J, 0, O] without
         `response`); norms [J, N] fp32.
 
-    Raises ValueError for shapes or dtypes other than these.
+    Raises ValueError for shapes, dtypes or devices other than these, and on CPU for bounds that do not cover `values`.
     """
     a, weight, bias, values = autocast(a, weight, bias, values)
-    offsets = check_element(a, values, bits, offsets)
+    check_element(a, values, bits, bounds)
     check_weight(a, weight, bias, bits.shape[1])
-    return _dual_forward_element(a, weight, bias, values, bits, offsets, response)
+    return _dual_forward_element(a, weight, bias, values, bits, bounds, response)

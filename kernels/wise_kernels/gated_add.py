@@ -3,81 +3,102 @@ j = choice[n // T], with y [N, O], a [N, F], choice [B] int64 in {-1, ..., J - 1
 keep their bits. A `side` [J, N, O] computed before (`dual_forward`) is used in place of the product.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .bits import unpack_dense
-from .checks import autocast, check_element, check_neuron
+from .checks import autocast, check_element, check_neuron, spans
+from .side_forward import element_side, neuron_side, side_forward, side_forward_element
 
 
-def _add_in_scope(y: Tensor, choice: Tensor, memories: int, respond: Callable[[int, Tensor | None], Tensor]) -> None:
-    """y += the chosen memory's response; respond(j, rows) gives it at `rows` (None for all of them)."""
+def _by_row(y: Tensor, choice: Tensor) -> Tensor:
+    # output_size: without it repeat_interleave reads the sum back from the device.
+    return choice.repeat_interleave(y.shape[0] // max(1, choice.shape[0]), output_size=y.shape[0])
+
+
+def _add_in_scope(y: Tensor, choice: Tensor, memories: int, respond: Callable[[int, Tensor], Tensor]) -> None:
+    """y += the chosen memory's response, respond(j, rows), touching the memories and rows in scope only (CPU)."""
     if memories == 0 or y.shape[0] == 0:
         return
-    # output_size: without it repeat_interleave reads the sum back from the device.
-    by_row = choice.repeat_interleave(y.shape[0] // choice.shape[0], output_size=y.shape[0])
-    if y.device.type == "cpu":
-        # Reading the choice is free here: leave early, and touch only the memories and rows in scope.
-        wanted = choice.unique().tolist()
-        if wanted[-1] >= memories:
-            raise ValueError(f"choice names memory {wanted[-1]}, the bank has {memories}")
-        for j in wanted:
-            if j >= 0:
-                rows = (by_row == j).nonzero().squeeze(1)
-                y.index_add_(0, rows, respond(j, rows))
+    wanted = sorted({j for j in choice.tolist() if j >= 0})
+    if wanted and wanted[-1] >= memories:
+        raise ValueError(f"choice names memory {wanted[-1]}, the bank has {memories}")
+    for j in wanted:
+        rows = (_by_row(y, choice) == j).nonzero().squeeze(1)
+        y.index_add_(0, rows, respond(j, rows))
+
+
+def _add_chosen(y: Tensor, choice: Tensor, side: Tensor) -> None:
+    """y += side[choice], differentiable and without a host sync: every row is summed, the wrong ones are masked out."""
+    if side.shape[0] == 0 or y.shape[0] == 0:
         return
-    _add_everywhere(y, by_row, memories, respond)
-
-
-def _add_everywhere(y: Tensor, by_row: Tensor, memories: int, respond: Callable) -> None:
-    # No row count reaches the host here, so every row is computed and the wrong ones are masked out.
-    for j in range(memories):
-        y.copy_(torch.where((by_row == j)[:, None], y + respond(j, None), y))
-
-
-def _rows(x: Tensor, rows: Tensor | None) -> Tensor:
-    return x if rows is None else x.index_select(0, rows)
-
-
-def _neuron_response(a, values, columns, offsets, side):
-    def respond(j: int, rows: Tensor | None) -> Tensor:
-        if side is not None:
-            return _rows(side[j], rows)
-        low, high = offsets[j], offsets[j + 1]
-        return _rows(a, rows).index_select(1, columns[low:high]) @ values[low:high]
-
-    return respond
-
-
-def _element_response(a, values, bits, offsets, side):
-    def respond(j: int, rows: Tensor | None) -> Tensor:
-        if side is not None:
-            return _rows(side[j], rows)
-        return F.linear(_rows(a, rows), unpack_dense(values[offsets[j] : offsets[j + 1]], bits[j], a.shape[1]))
-
-    return respond
+    by_row = _by_row(y, choice)[:, None]
+    chosen = side.gather(0, by_row.clamp_min(0).expand(y.shape)[None]).squeeze(0)
+    y.copy_(torch.where(by_row >= 0, y + chosen, y))
 
 
 @torch.library.custom_op("wise::gated_add_", mutates_args=("y",))
 def _gated_add_(
-    y: Tensor, a: Tensor, values: Tensor, columns: Tensor, offsets: Sequence[int], choice: Tensor, side: Tensor | None
+    y: Tensor, a: Tensor, values: Tensor, columns: Tensor, bounds: Tensor, choice: Tensor, side: Tensor | None
 ) -> None:
-    _add_in_scope(y, choice, len(offsets) - 1, _neuron_response(a, values, columns, offsets, side))
+    if y.device.type != "cpu":
+        return _add_chosen(y, choice, neuron_side(a, values, columns, bounds, True)[0] if side is None else side)
+    found = spans(bounds, values.shape[0])
+
+    def respond(j: int, rows: Tensor) -> Tensor:
+        if side is not None:
+            return side[j].index_select(0, rows)
+        low, high = found[j]
+        return a.index_select(0, rows).index_select(1, columns[low:high]) @ values[low:high]
+
+    _add_in_scope(y, choice, len(found), respond)
 
 
 @torch.library.custom_op("wise::gated_add_element_", mutates_args=("y",))
 def _gated_add_element_(
-    y: Tensor, a: Tensor, values: Tensor, bits: Tensor, offsets: Sequence[int], choice: Tensor, side: Tensor | None
+    y: Tensor, a: Tensor, values: Tensor, bits: Tensor, bounds: Tensor, choice: Tensor, side: Tensor | None
 ) -> None:
-    _add_in_scope(y, choice, len(offsets) - 1, _element_response(a, values, bits, offsets, side))
+    if y.device.type != "cpu":
+        return _add_chosen(y, choice, element_side(a, values, bits, bounds, True)[0] if side is None else side)
+    found = spans(bounds, values.shape[0])
+
+    def respond(j: int, rows: Tensor) -> Tensor:
+        if side is not None:
+            return side[j].index_select(0, rows)
+        low, high = found[j]
+        return F.linear(a.index_select(0, rows), unpack_dense(values[low:high], bits[j], a.shape[1]))
+
+    _add_in_scope(y, choice, len(found), respond)
+
+
+@_gated_add_.register_kernel("cuda")
+def _(y, a, values, columns, bounds, choice, side):
+    from .gpu import gated_add, gated_rows
+
+    if y.dtype == torch.float64:
+        return _add_chosen(y, choice, neuron_side(a, values, columns, bounds, True)[0] if side is None else side)
+    if side is not None:
+        return gated_rows.add_side(y, side, choice)
+    gated_add.gated_add(y, a, values, columns, bounds, choice)
+
+
+@_gated_add_element_.register_kernel("cuda")
+def _(y, a, values, bits, bounds, choice, side):
+    from .gpu import gated_add_element, gated_rows
+
+    if y.dtype == torch.float64:
+        return _add_chosen(y, choice, element_side(a, values, bits, bounds, True)[0] if side is None else side)
+    if side is not None:
+        return gated_rows.add_side(y, side, choice)
+    gated_add_element.gated_add_element(y, a, values, bits, bounds, choice)
 
 
 @_gated_add_.register_fake
 @_gated_add_element_.register_fake
-def _fake(y, a, values, layout, offsets, choice, side):
+def _fake(y, a, values, layout, bounds, choice, side):
     return None
 
 
@@ -105,33 +126,32 @@ def gated_add_(
     a: Tensor,
     values: Tensor,
     columns: Tensor,
-    offsets: Sequence[int],
+    bounds: Tensor,
     choice: Tensor,
     side: Tensor | None = None,
 ) -> None:
     """Add the chosen side responses to `y` in place (eq. 6), neuron layout.
 
-    A mutating op cannot carry a gradient, so where one is wanted the same sum is made of plain PyTorch operations.
+    A mutating op cannot carry a gradient: where one is wanted, the same sum is made from the responses of all memories.
 
     Args:
         y: [N, O] main output in the dtype of `a`, changed in place; rows out of scope keep their bits.
         a: [N, F] activations, fp32, fp16 or bf16, any strides.
         values: [R, O] in the dtype of `a`; row r is column `columns[r]` of its memory's D.
         columns: [R] int64 in [0, F).
-        offsets: J + 1 python ints; rows offsets[j]:offsets[j+1] belong to memory j.
+        bounds: [J + 1] int64 on the device of the bank; rows bounds[j]:bounds[j+1] belong to memory j.
         choice: [B] int64 in {-1, ..., J - 1}, B dividing N; row n belongs to sequence n // (N / B).
         side: [J, N, O] responses in the dtype of `y` if they are known already, else None.
 
-    Raises ValueError for shapes or dtypes other than these, and on CPU for a choice that is not in the bank.
+    Raises ValueError for shapes, dtypes or devices other than these, and on CPU for a choice that is not in the bank
+    or bounds that do not cover `values`.
     """
     a, values, side = autocast(a, values, side)
-    offsets = check_neuron(a, values, columns, offsets)
-    _check_gate(y, a, values.shape[1], len(offsets) - 1, choice, side)
+    _check_gate(y, a, values.shape[1], check_neuron(a, values, columns, bounds), choice, side)
     # No custom op can be in place and differentiable at once; the op would drop the gradient silently.
     if not _differentiable(y, a, values, side):
-        return _gated_add_(y, a, values, columns, offsets, choice, side)
-    by_row = choice.repeat_interleave(y.shape[0] // max(1, choice.shape[0]), output_size=y.shape[0])
-    _add_everywhere(y, by_row, len(offsets) - 1, _neuron_response(a, values, columns, offsets, side))
+        return _gated_add_(y, a, values, columns, bounds, choice, side)
+    _add_chosen(y, choice, side_forward(a, values, columns, bounds)[0] if side is None else side)
 
 
 def gated_add_element_(
@@ -139,29 +159,29 @@ def gated_add_element_(
     a: Tensor,
     values: Tensor,
     bits: Tensor,
-    offsets: Sequence[int],
+    bounds: Tensor,
     choice: Tensor,
     side: Tensor | None = None,
 ) -> None:
     """Add the chosen side responses to `y` in place (eq. 6), element layout.
 
-    A mutating op cannot carry a gradient, so where one is wanted the same sum is made of plain PyTorch operations.
+    A mutating op cannot carry a gradient: where one is wanted, the same sum is made from the responses of all memories.
 
     Args:
         y: [N, O] main output in the dtype of `a`, changed in place; rows out of scope keep their bits.
         a: [N, F] activations, fp32, fp16 or bf16, any strides.
         values: [V] in the dtype of `a`, packed row-major over each memory's mask.
         bits: [J, O, ceil(F/32)] int32, see `bits.py`.
-        offsets: J + 1 python ints; values[offsets[j]:offsets[j+1]] belong to memory j, one to each of its set bits.
+        bounds: [J + 1] int64 on the device of the bank; values[bounds[j]:bounds[j+1]] belong to memory j, one to each
+            of its set bits.
         choice: [B] int64 in {-1, ..., J - 1}, B dividing N; row n belongs to sequence n // (N / B).
         side: [J, N, O] responses in the dtype of `y` if they are known already, else None.
 
-    Raises ValueError for shapes or dtypes other than these, and on CPU for a choice that is not in the bank.
+    Raises ValueError for shapes, dtypes or devices other than these, and on CPU for a choice that is not in the bank
+    or bounds that do not cover `values`.
     """
     a, values, side = autocast(a, values, side)
-    offsets = check_element(a, values, bits, offsets)
-    _check_gate(y, a, bits.shape[1], len(offsets) - 1, choice, side)
+    _check_gate(y, a, bits.shape[1], check_element(a, values, bits, bounds), choice, side)
     if not _differentiable(y, a, values, side):
-        return _gated_add_element_(y, a, values, bits, offsets, choice, side)
-    by_row = choice.repeat_interleave(y.shape[0] // max(1, choice.shape[0]), output_size=y.shape[0])
-    _add_everywhere(y, by_row, len(offsets) - 1, _element_response(a, values, bits, offsets, side))
+        return _gated_add_element_(y, a, values, bits, bounds, choice, side)
+    _add_chosen(y, choice, side_forward_element(a, values, bits, bounds)[0] if side is None else side)

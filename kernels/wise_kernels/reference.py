@@ -5,20 +5,20 @@ F inputs and O outputs of the edited projection, J memories D_j [O, F], B sequen
 import torch
 
 
-def dense_neuron(values, columns, offsets, width):
+def dense_neuron(values, columns, bounds, width):
     """D [J, O, F] of a bank in the neuron layout: column columns[r] of D_j is values[r], r in memory j."""
-    dense = torch.zeros(len(offsets) - 1, values.shape[1], width)
-    for j in range(len(offsets) - 1):
-        for r in range(offsets[j], offsets[j + 1]):
+    dense = torch.zeros(len(bounds) - 1, values.shape[1], width)
+    for j in range(len(bounds) - 1):
+        for r in range(bounds[j], bounds[j + 1]):
             dense[j, :, columns[r]] = values[r].float()
     return dense
 
 
-def dense_element(values, bits, offsets, width):
-    """D [J, O, F] of a bank in the element layout: set bit v (row-major) of memory j is values[offsets[j] + v]."""
+def dense_element(values, bits, bounds, width):
+    """D [J, O, F] of a bank in the element layout: set bit v (row-major) of memory j is values[bounds[j] + v]."""
     dense = torch.zeros(bits.shape[0], bits.shape[1], width)
     for j in range(bits.shape[0]):
-        v = offsets[j]
+        v = int(bounds[j])
         for o in range(bits.shape[1]):
             for c in range(width):
                 if (int(bits[j, o, c // 32]) >> (c % 32)) & 1:
@@ -69,16 +69,40 @@ def route(norms, prompt_mask, thresholds, leverage=None, floors=None, reduction=
     return scores, choice
 
 
-def leverage(a, columns, offsets, factors):
+def leverage(a, columns, bounds, factors):
     """||a_S U_j||^2 / ||a_S||^2 = 1 - a_S P_j a_S^T / ||a_S||^2 with P_j = I - U_j U_j^T; 0 where a_S = 0."""
-    out = torch.zeros(len(offsets) - 1, a.shape[0])
-    for j in range(len(offsets) - 1):
-        rows = slice(offsets[j], offsets[j + 1])
+    out = torch.zeros(len(bounds) - 1, a.shape[0])
+    for j in range(len(bounds) - 1):
+        rows = slice(bounds[j], bounds[j + 1])
         for n in range(a.shape[0]):
             active = a[n, columns[rows]].float()
             if active.square().sum() > 0:
                 out[j, n] = (active @ factors[rows].float()).square().sum() / active.square().sum()
     return out
+
+
+def sketched_route(a, dense, sketched, within, prompt_mask, thresholds, leverage=None, floors=None, reduction="mean"):
+    """route by norms ||a_t D_j^T||, made exact only where sketched ones, ||a_t G_j^T||, do not decide: exact scores lie
+    within [low, high] times sketched scores. dense [J, O, F], sketched [J, s, F]."""
+    low, high = within
+    norms, rough = (torch.einsum("nf,jof->jno", a.float(), d).square().sum(-1).sqrt() for d in (dense, sketched))
+    exact = route(norms, prompt_mask, thresholds, reduction=reduction)[0]
+    scores = route(rough, prompt_mask, thresholds, reduction=reduction)[0]
+    choice = torch.full((len(prompt_mask),), -1)
+    for b, mask in enumerate(prompt_mask):
+        rivals = [j for j in range(len(dense)) if high * scores[b, j] > thresholds[j]]
+        if leverage is None:
+            sure = [low * scores[b, j] / thresholds[j] for j in rivals if low * scores[b, j] > thresholds[j]]
+            rivals = [j for j in rivals if high * scores[b, j] / thresholds[j] >= max(sure, default=0)]
+        elif mask.any():
+            share = leverage.float().view(-1, *prompt_mask.shape)[:, b, mask].mean(-1)
+            rivals = [j for j in rivals if j == share.argmax() and (floors is None or share[j] >= floors[j])]
+        if len(rivals) > 1 or (rivals and low * scores[b, rivals[0]] <= thresholds[rivals[0]]):
+            scores[b, rivals] = exact[b, rivals]
+        rivals = [j for j in rivals if scores[b, j] > thresholds[j]]
+        if rivals:
+            choice[b] = max(rivals, key=lambda j: scores[b, j] / thresholds[j])
+    return scores, choice
 
 
 def masked_update(dense, mask, a, dy, state, lr, step, optimizer, momentum, betas, eps, weight_decay, clamp):

@@ -9,7 +9,7 @@ from torch import Tensor
 REDUCTIONS = ("mean", "max")
 
 
-def _reduce(tokens: Tensor, mask: Tensor, reduction: str) -> Tensor:
+def reduce_tokens(tokens: Tensor, mask: Tensor, reduction: str) -> Tensor:
     """Mean or max of tokens [J, N] over each row of mask [B, T]: [B, J] fp32, 0 where a row is empty."""
     # where, not a product: padding may hold NaN or infinity.
     kept = torch.where(mask, tokens.float().unflatten(1, mask.shape), 0.0)
@@ -29,7 +29,7 @@ def _route(
     floors: Tensor | None,
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
-    scores = _reduce(norms, prompt_mask, reduction).contiguous()
+    scores = reduce_tokens(norms, prompt_mask, reduction).contiguous()
     # argmax has no answer over no memories.
     if norms.shape[0] == 0:
         return scores, torch.full((prompt_mask.shape[0],), -1, dtype=torch.int64, device=norms.device)
@@ -39,12 +39,19 @@ def _route(
         rank = torch.where(in_scope, scores / thresholds.float(), -torch.inf)
     else:
         # The leverage is a share: a maximum over tokens would be 1 for any prompt with one familiar token.
-        rank = _reduce(leverage, prompt_mask, "mean")
+        rank = reduce_tokens(leverage, prompt_mask, "mean")
         if floors is not None:
             in_scope = in_scope & (rank >= floors.float())
     best = rank.argmax(-1, keepdim=True)
     # argmax takes the first of equals, which makes ties go to the lower index on every device.
     return scores, torch.where(in_scope.gather(1, best), best, -1).squeeze(1)
+
+
+@_route.register_kernel("cuda")
+def _(norms, prompt_mask, thresholds, leverage, floors, reduction):
+    from .gpu import route
+
+    return route.route(norms, prompt_mask, thresholds, leverage, floors, reduction)
 
 
 @_route.register_fake
@@ -71,6 +78,31 @@ def _backward(ctx, grad_scores, grad_choice):
 
 
 _route.register_autograd(_backward, setup_context=_setup_context)
+
+
+def check_route(
+    memories: int,
+    tokens: int,
+    prompt_mask: Tensor,
+    thresholds: Tensor,
+    leverage: Tensor | None,
+    floors: Tensor | None,
+    reduction: str,
+) -> None:
+    """Raise ValueError unless these route `tokens` tokens to `memories` memories, as `route` describes them."""
+    if prompt_mask.dim() != 2 or prompt_mask.dtype != torch.bool or prompt_mask.numel() != tokens:
+        raise ValueError(
+            f"prompt_mask must be bool [B, T] with B T = {tokens}, got {prompt_mask.dtype} {tuple(prompt_mask.shape)}"
+        )
+    for name, tensor in (("thresholds", thresholds), ("floors", floors)):
+        if tensor is not None and (tensor.dim() != 1 or tensor.shape[0] != memories):
+            raise ValueError(f"{name} must be [{memories}], got {tuple(tensor.shape)}")
+    if leverage is not None and tuple(leverage.shape) != (memories, tokens):
+        raise ValueError(f"leverage must be [{memories}, {tokens}], got {tuple(leverage.shape)}")
+    if floors is not None and leverage is None:
+        raise ValueError("floors bound the leverage: pass leverage too")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
 
 
 def route(
@@ -101,18 +133,5 @@ def route(
     """
     if norms.dim() != 2 or not norms.is_floating_point():
         raise ValueError(f"norms must be a floating point [J, N], got {norms.dtype} {tuple(norms.shape)}")
-    memories, tokens = norms.shape
-    if prompt_mask.dim() != 2 or prompt_mask.dtype != torch.bool or prompt_mask.numel() != tokens:
-        raise ValueError(
-            f"prompt_mask must be bool [B, T] with B T = {tokens}, got {prompt_mask.dtype} {tuple(prompt_mask.shape)}"
-        )
-    for name, tensor in (("thresholds", thresholds), ("floors", floors)):
-        if tensor is not None and (tensor.dim() != 1 or tensor.shape[0] != memories):
-            raise ValueError(f"{name} must be [{memories}], got {tuple(tensor.shape)}")
-    if leverage is not None and tuple(leverage.shape) != (memories, tokens):
-        raise ValueError(f"leverage must be [{memories}, {tokens}], got {tuple(leverage.shape)}")
-    if floors is not None and leverage is None:
-        raise ValueError("floors bound the leverage: pass leverage too")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    check_route(*norms.shape, prompt_mask, thresholds, leverage, floors, reduction)
     return _route(norms, prompt_mask, thresholds, leverage, floors, reduction)

@@ -4,29 +4,27 @@ element layout: D_j [O, F] is unpacked one memory at a time. For projections who
 (quantised); `dual_forward` adds the main projection to the same pass.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .bits import scatter_packed, unpack_bits, unpack_dense
-from .checks import autocast, check_element, check_neuron
+from .checks import autocast, check_element, check_neuron, spans
 
 
-def neuron_side(a: Tensor, values: Tensor, columns: Tensor, offsets: Sequence[int], response: bool):
+def neuron_side(a: Tensor, values: Tensor, columns: Tensor, bounds: Tensor, response: bool):
     """Side [J, N or 0, O] and norms [J, N] of a bank in the neuron layout."""
-    side, norms = empty_side(a, len(offsets) - 1, values.shape[1], response)
-    for j, (low, high) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    side, norms = empty_side(a, bounds.shape[0] - 1, values.shape[1], response)
+    for j, (low, high) in enumerate(spans(bounds, values.shape[0])):
         response_j = a.index_select(1, columns[low:high]) @ values[low:high]
         _store(response_j, j, side, norms, response)
     return side, norms
 
 
-def element_side(a: Tensor, values: Tensor, bits: Tensor, offsets: Sequence[int], response: bool):
+def element_side(a: Tensor, values: Tensor, bits: Tensor, bounds: Tensor, response: bool):
     """Side [J, N or 0, O] and norms [J, N] of a bank in the element layout."""
     side, norms = empty_side(a, bits.shape[0], bits.shape[1], response)
-    for j, (low, high) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for j, (low, high) in enumerate(spans(bounds, values.shape[0])):
         _store(F.linear(a, unpack_dense(values[low:high], bits[j], a.shape[1])), j, side, norms, response)
     return side, norms
 
@@ -38,40 +36,67 @@ def empty_side(a: Tensor, memories: int, outputs: int, response: bool) -> tuple[
 
 
 def _store(response_j: Tensor, j: int, side: Tensor, norms: Tensor, response: bool) -> None:
-    # dtype: sum the squares in fp32, fp16 would overflow where the response is fine.
-    norms[j] = torch.linalg.vector_norm(response_j, dim=1, dtype=torch.float32)
+    # dtype: sum the squares in fp32 at least, fp16 would overflow where the response is fine.
+    wide = torch.promote_types(response_j.dtype, torch.float32)
+    norms[j] = torch.linalg.vector_norm(response_j, dim=1, dtype=wide)
     if response:
         side[j] = response_j
 
 
-def neuron_side_backward(ctx, grad_side: Tensor, grad_norms: Tensor, saved):
-    """Gradients to a [N, F] and values [R, O] from those to side and norms."""
-    a, values, columns, side, norms = saved
+@torch.library.custom_op("wise::side_backward", mutates_args=())
+def side_backward(
+    grad_side: Tensor,
+    grad_norms: Tensor,
+    a: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    bounds: Tensor,
+    side: Tensor,
+    norms: Tensor,
+    response: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients to a [N, F] and values [R, O] from those to side and norms; an op, for it reads the bounds."""
     grad_a, grad_values = torch.zeros_like(a), torch.zeros_like(values)
-    for j, (low, high) in enumerate(zip(ctx.offsets, ctx.offsets[1:], strict=False)):
+    for j, (low, high) in enumerate(spans(bounds, values.shape[0])):
         taken, active = columns[low:high], a.index_select(1, columns[low:high])
-        response_j = side[j] if ctx.response else active @ values[low:high]
-        grad = _grad_response(response_j, norms[j], grad_side[j] if ctx.response else None, grad_norms[j])
+        response_j = side[j] if response else active @ values[low:high]
+        grad = _grad_response(response_j, norms[j], grad_side[j] if response else None, grad_norms[j])
         # The same input column may be in several memories, so gradients add up.
         grad_a.index_add_(1, taken, grad @ values[low:high].t())
         grad_values[low:high] = active.t() @ grad
     return grad_a, grad_values
 
 
-def element_side_backward(ctx, grad_side: Tensor, grad_norms: Tensor, saved):
-    """Gradients to a [N, F] and values [V] from those to side and norms."""
-    a, values, bits, side, norms = saved
+@torch.library.custom_op("wise::side_backward_element", mutates_args=())
+def side_backward_element(
+    grad_side: Tensor,
+    grad_norms: Tensor,
+    a: Tensor,
+    values: Tensor,
+    bits: Tensor,
+    bounds: Tensor,
+    side: Tensor,
+    norms: Tensor,
+    response: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients to a [N, F] and values [V] from those to side and norms; an op, for it reads the bounds."""
     grad_a, packed = torch.zeros_like(a), values.new_zeros(values.shape[0] + 1)
     start = torch.zeros((), dtype=torch.int64, device=a.device)
-    for j, (low, high) in enumerate(zip(ctx.offsets, ctx.offsets[1:], strict=False)):
+    for j, (low, high) in enumerate(spans(bounds, values.shape[0])):
         # Unpacked again: keeping every memory's D from the forward would cost J dense matrices.
         dense = unpack_dense(values[low:high], bits[j], a.shape[1])
-        response_j = side[j] if ctx.response else F.linear(a, dense)
-        grad = _grad_response(response_j, norms[j], grad_side[j] if ctx.response else None, grad_norms[j])
+        response_j = side[j] if response else F.linear(a, dense)
+        grad = _grad_response(response_j, norms[j], grad_side[j] if response else None, grad_norms[j])
         grad_a += grad @ dense
         start = scatter_packed(packed, grad.t() @ a, unpack_bits(bits[j], a.shape[1]), start)
     # clone: the gradient must not keep the spill slot's storage alive or alias it.
     return grad_a, packed[:-1].clone()
+
+
+@side_backward.register_fake
+@side_backward_element.register_fake
+def _(grad_side, grad_norms, a, values, layout, bounds, side, norms, response):
+    return torch.empty_like(a), torch.empty_like(values)
 
 
 def _grad_response(response_j: Tensor, norm: Tensor, grad_side: Tensor | None, grad_norm: Tensor) -> Tensor:
@@ -82,40 +107,38 @@ def _grad_response(response_j: Tensor, norm: Tensor, grad_side: Tensor | None, g
 
 
 @torch.library.custom_op("wise::side_forward", mutates_args=())
-def _side_forward(
-    a: Tensor, values: Tensor, columns: Tensor, offsets: Sequence[int], response: bool
-) -> tuple[Tensor, Tensor]:
-    return neuron_side(a, values, columns, offsets, response)
+def _side_forward(a: Tensor, values: Tensor, columns: Tensor, bounds: Tensor, response: bool) -> tuple[Tensor, Tensor]:
+    return neuron_side(a, values, columns, bounds, response)
 
 
 @torch.library.custom_op("wise::side_forward_element", mutates_args=())
 def _side_forward_element(
-    a: Tensor, values: Tensor, bits: Tensor, offsets: Sequence[int], response: bool
+    a: Tensor, values: Tensor, bits: Tensor, bounds: Tensor, response: bool
 ) -> tuple[Tensor, Tensor]:
-    return element_side(a, values, bits, offsets, response)
+    return element_side(a, values, bits, bounds, response)
 
 
 @_side_forward.register_fake
-def _(a, values, columns, offsets, response):
-    return empty_side(a, len(offsets) - 1, values.shape[1], response)
+def _(a, values, columns, bounds, response):
+    return empty_side(a, bounds.shape[0] - 1, values.shape[1], response)
 
 
 @_side_forward_element.register_fake
-def _(a, values, bits, offsets, response):
+def _(a, values, bits, bounds, response):
     return empty_side(a, bits.shape[0], bits.shape[1], response)
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.offsets, ctx.response = inputs
+    *tensors, ctx.response = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
 def _backward(ctx, grad_side, grad_norms):
-    return *neuron_side_backward(ctx, grad_side, grad_norms, ctx.saved_tensors), None, None, None
+    return *side_backward(grad_side, grad_norms, *ctx.saved_tensors, ctx.response), None, None, None
 
 
 def _backward_element(ctx, grad_side, grad_norms):
-    return *element_side_backward(ctx, grad_side, grad_norms, ctx.saved_tensors), None, None, None
+    return *side_backward_element(grad_side, grad_norms, *ctx.saved_tensors, ctx.response), None, None, None
 
 
 _side_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -123,7 +146,7 @@ _side_forward_element.register_autograd(_backward_element, setup_context=_setup_
 
 
 def side_forward(
-    a: Tensor, values: Tensor, columns: Tensor, offsets: Sequence[int], response: bool = True
+    a: Tensor, values: Tensor, columns: Tensor, bounds: Tensor, response: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Side responses and routing norms (eq. 3), neuron layout; differentiable in `a` and `values`.
 
@@ -131,21 +154,21 @@ def side_forward(
         a: [N, F] activations, fp32, fp16 or bf16, any strides.
         values: [R, O] in the dtype of `a`; row r is column `columns[r]` of its memory's D.
         columns: [R] int64 in [0, F).
-        offsets: J + 1 python ints; rows offsets[j]:offsets[j+1] belong to memory j.
+        bounds: [J + 1] int64 on the device of the bank; rows bounds[j]:bounds[j+1] belong to memory j.
         response: whether to keep the responses, not only their norms.
 
     Returns:
         side [J, N, O] in the dtype of `a` ([J, 0, O] without `response`) and norms [J, N] fp32.
 
-    Raises ValueError for shapes or dtypes other than these.
+    Raises ValueError for shapes, dtypes or devices other than these, and on CPU for bounds that do not cover `values`.
     """
     a, values = autocast(a, values)
-    offsets = check_neuron(a, values, columns, offsets)
-    return _side_forward(a, values, columns, offsets, response)
+    check_neuron(a, values, columns, bounds)
+    return _side_forward(a, values, columns, bounds, response)
 
 
 def side_forward_element(
-    a: Tensor, values: Tensor, bits: Tensor, offsets: Sequence[int], response: bool = True
+    a: Tensor, values: Tensor, bits: Tensor, bounds: Tensor, response: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Side responses and routing norms (eq. 3), element layout; differentiable in `a` and `values`.
 
@@ -153,14 +176,15 @@ def side_forward_element(
         a: [N, F] activations, fp32, fp16 or bf16, any strides.
         values: [V] in the dtype of `a`, packed row-major over each memory's mask.
         bits: [J, O, ceil(F/32)] int32, see `bits.py`.
-        offsets: J + 1 python ints; values[offsets[j]:offsets[j+1]] belong to memory j, one to each of its set bits.
+        bounds: [J + 1] int64 on the device of the bank; values[bounds[j]:bounds[j+1]] belong to memory j, one to each
+            of its set bits.
         response: whether to keep the responses, not only their norms.
 
     Returns:
         side [J, N, O] in the dtype of `a` ([J, 0, O] without `response`) and norms [J, N] fp32.
 
-    Raises ValueError for shapes or dtypes other than these.
+    Raises ValueError for shapes, dtypes or devices other than these, and on CPU for bounds that do not cover `values`.
     """
     a, values = autocast(a, values)
-    offsets = check_element(a, values, bits, offsets)
-    return _side_forward_element(a, values, bits, offsets, response)
+    check_element(a, values, bits, bounds)
+    return _side_forward_element(a, values, bits, bounds, response)

@@ -16,6 +16,21 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Fill what torch.empty and torch.empty_like return with NaN, or -99, so that a missing write shows."""
+
+    def filling(make):
+        def filled(*args, **kwargs):
+            made = make(*args, **kwargs)
+            return made if made.dtype == torch.bool else made.fill_(float("nan") if made.is_floating_point() else -99)
+
+        return filled
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, filling(getattr(torch, name)))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def interpreter_rounds_bf16():
     """Make the interpreter round fp32 to bf16 to nearest even, as devices do; as it is, it cuts the low bits off."""

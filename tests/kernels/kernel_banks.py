@@ -17,21 +17,25 @@ def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=generator(seed)).to(dtype)
 
 
+def bounds_of(sizes):
+    return torch.tensor([0, *accumulate(sizes)])
+
+
 def neuron_bank(sizes, width=WIDTH, outputs=OUTPUTS, dtype=torch.float32, seed=0):
-    """values [R, O], columns [R], offsets of memories with `sizes` columns each."""
+    """values [R, O], columns [R], bounds of memories with `sizes` columns each."""
     rng = generator(seed)
     taken = [torch.randperm(width, generator=rng)[:size].sort().values for size in sizes]
     columns = torch.cat([torch.zeros(0, dtype=torch.int64), *taken])
-    return normal(len(columns), outputs, seed=seed + 1, dtype=dtype), columns, [0, *accumulate(sizes)]
+    return normal(len(columns), outputs, seed=seed + 1, dtype=dtype), columns, bounds_of(sizes)
 
 
 def element_bank(densities, width=WIDTH, outputs=OUTPUTS, dtype=torch.float32, seed=0):
-    """values [V], bits [J, O, W], offsets of memories with these mask densities."""
+    """values [V], bits [J, O, W], bounds of memories with these mask densities."""
     rng = generator(seed)
     masks = [torch.rand(outputs, width, generator=rng) < density for density in densities]
-    offsets = [0, *accumulate(int(mask.sum()) for mask in masks)]
+    bounds = bounds_of(int(mask.sum()) for mask in masks)
     stacked = torch.stack(masks) if masks else torch.zeros(0, outputs, width, dtype=torch.bool)
-    return normal(offsets[-1], seed=seed + 1, dtype=dtype), pack_bits(stacked), offsets
+    return normal(bounds[-1], seed=seed + 1, dtype=dtype), pack_bits(stacked), bounds
 
 
 NEURON_SIZES = [(), (13,), (20, 0, 7)]

@@ -55,11 +55,11 @@ def test_strided_activations_and_transposed_weight(layout, sizes):
 @pytest.mark.parametrize("layout,sizes", [("neuron", (20, 0, 7)), ("element", (0.5, 0.0, 1.0))])
 def test_gradients_match_autograd_through_the_dense_form(layout, sizes, response):
     dual, side_only, make, dense_of = LAYOUTS[layout]
-    values, where, offsets = make(sizes)
+    values, where, bounds = make(sizes)
     leaves = [t.requires_grad_() for t in (normal(9, WIDTH), normal(OUTPUTS, WIDTH, seed=5), normal(OUTPUTS), values)]
     a, weight, bias, values = leaves
-    dense = dense_of(values, where, offsets, WIDTH)
-    live = [j for j in range(3) if offsets[j] < offsets[j + 1]]
+    dense = dense_of(values, where, bounds, WIDTH)
+    live = [j for j in range(3) if bounds[j] < bounds[j + 1]]
 
     def loss(y, side, norms):
         weights = normal(*norms.shape, seed=8)
@@ -69,12 +69,10 @@ def test_gradients_match_autograd_through_the_dense_form(layout, sizes, response
     y, side = F.linear(a, weight, bias), torch.stack([a @ d.t() for d in dense])
     norms = torch.stack([(s.square().sum(-1) + (j not in live)).sqrt() for j, s in enumerate(side)])
     expected = torch.autograd.grad(loss(y, side, norms), leaves)
-    got = torch.autograd.grad(loss(*dual(a, weight, bias, values, where, offsets, response)), leaves)
+    got = torch.autograd.grad(loss(*dual(a, weight, bias, values, where, bounds, response)), leaves)
     for g, e in zip(got, expected, strict=True):
         assert_within(g, e, e, torch.float32)
-    split = torch.autograd.grad(
-        loss(F.linear(a, weight, bias), *side_only(a, values, where, offsets, response)), leaves
-    )
+    split = torch.autograd.grad(loss(F.linear(a, weight, bias), *side_only(a, values, where, bounds, response)), leaves)
     for g, e in zip(split, expected, strict=True):
         assert_within(g, e, e, torch.float32)
 
@@ -82,30 +80,51 @@ def test_gradients_match_autograd_through_the_dense_form(layout, sizes, response
 @pytest.mark.parametrize("layout,sizes", [("neuron", (20, 7)), ("element", (0.5, 0.2))])
 def test_opcheck_and_compile(layout, sizes):
     dual, side_only, make, _ = LAYOUTS[layout]
-    values, where, offsets = make(sizes)
+    values, where, bounds = make(sizes)
     a, weight, bias = normal(5, WIDTH), normal(OUTPUTS, WIDTH, seed=5), normal(OUTPUTS)
     suffix = "" if layout == "neuron" else "_element"
     grads = [t.clone().requires_grad_() for t in (a, weight, values)]
     op = getattr(torch.ops.wise, "dual_forward" + suffix).default
-    opcheck(op, (grads[0], grads[1], bias, grads[2], where, offsets, True))
+    opcheck(op, (grads[0], grads[1], bias, grads[2], where, bounds, True))
     opcheck(
         getattr(torch.ops.wise, "side_forward" + suffix).default,
-        (a.t().contiguous().t(), values, where, offsets, False),
+        (a.t().contiguous().t(), values, where, bounds, False),
     )
 
     def step(a, weight, bias, values):
-        return *dual(a, weight, bias, values, where, offsets), *side_only(a, values, where, offsets)
+        return *dual(a, weight, bias, values, where, bounds), *side_only(a, values, where, bounds)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for got, expected in zip(compiled(a, weight, bias, values), step(a, weight, bias, values), strict=True):
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("layout,sizes", [("neuron", (20, 0, 7)), ("element", (0.5, 0.0, 1.0))])
+@pytest.mark.parametrize("response", [True, False])
+def test_the_backward_is_an_op_too(layout, sizes, response):
+    _, side_only, make, _ = LAYOUTS[layout]
+    bank, a = make(sizes), normal(5, WIDTH)
+    side, norms = side_only(a, *bank, response=response)
+    op = getattr(torch.ops.wise, "side_backward" + ("" if layout == "neuron" else "_element")).default
+    opcheck(op, (torch.ones_like(side), torch.ones_like(norms), a, *bank, side, norms, response))
+
+
+@pytest.mark.parametrize("layout,sizes", [("neuron", (20, 0, 7)), ("element", (0.5, 0.0, 1.0))])
+def test_double_precision(layout, sizes):
+    dual, _, make, dense_of = LAYOUTS[layout]
+    bank = make(sizes, dtype=torch.float64)
+    a = normal(5, WIDTH, dtype=torch.float64)
+    y, side, norms = dual(a, normal(OUTPUTS, WIDTH, dtype=torch.float64), None, *bank)
+    assert y.dtype == side.dtype == torch.float64 and norms.dtype == torch.float32
+    expected = torch.stack([a @ d.double().t() for d in dense_of(*bank, WIDTH)])
+    torch.testing.assert_close(side, expected, rtol=1e-5, atol=1e-5)  # the definition rounds D to fp32
+
+
 def test_autocast_gives_the_dtype_that_linear_gives():
-    values, columns, offsets = neuron_bank((5,))
+    values, columns, bounds = neuron_bank((5,))
     a, weight = normal(4, WIDTH), normal(OUTPUTS, WIDTH, seed=5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y, side, norms = dual_forward(a, weight, None, values, columns, offsets)
+        y, side, norms = dual_forward(a, weight, None, values, columns, bounds)
         assert torch.equal(y, F.linear(a, weight))
     assert y.dtype == side.dtype == torch.bfloat16 and norms.dtype == torch.float32
 
@@ -119,20 +138,24 @@ def test_autocast_gives_the_dtype_that_linear_gives():
         ({"bias": torch.zeros(1)}, "bias must be"),
         ({"values": torch.zeros(5, OUTPUTS, dtype=torch.float16)}, "values must be"),
         ({"columns": torch.zeros(5)}, "columns must be int64"),
-        ({"offsets": [0, 4]}, "from 0 to the 5 rows"),
-        ({"offsets": [0, 6, 5]}, "must not decrease"),
-        ({"offsets": torch.tensor([0, 5])}, "python ints"),
+        ({"bounds": torch.tensor([0, 4])}, "from 0 to the 5 rows"),
+        ({"bounds": torch.tensor([1, 5])}, "from 0 to the 5 rows"),
+        ({"bounds": torch.tensor([0, 6, 5])}, "must not decrease"),
+        ({"bounds": torch.tensor([0, 5], dtype=torch.int32)}, "bounds must be int64"),
+        ({"bounds": torch.tensor([0, 5], device="meta")}, "on cpu like the bank"),
+        ({"bounds": torch.zeros(0, dtype=torch.int64)}, "bounds must be int64"),
+        ({"bounds": [0, 5]}, "must be a tensor"),
     ],
 )
 def test_errors(change, message):
-    values, columns, offsets = neuron_bank((5,))
+    values, columns, bounds = neuron_bank((5,))
     arguments = {"a": normal(2, WIDTH), "weight": normal(OUTPUTS, WIDTH), "bias": None, "values": values}
-    arguments |= {"columns": columns, "offsets": offsets} | change
+    arguments |= {"columns": columns, "bounds": bounds} | change
     with pytest.raises(ValueError, match=message):
         dual_forward(**arguments)
 
 
 def test_errors_of_the_element_layout():
-    values, bits, offsets = element_bank((0.2,))
+    values, bits, bounds = element_bank((0.2,))
     with pytest.raises(ValueError, match="bits must be int32"):
-        side_forward_element(normal(2, WIDTH + 32), values, bits, offsets)
+        side_forward_element(normal(2, WIDTH + 32), values, bits, bounds)

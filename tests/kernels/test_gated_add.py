@@ -7,7 +7,7 @@ from tolerances import DTYPES, assert_within
 from torch.library import opcheck
 
 from wise_kernels import gated_add_, gated_add_element_, reference, side_forward, side_forward_element
-from wise_kernels.gated_add import _add_everywhere
+from wise_kernels.gated_add import _add_chosen
 
 LAYOUTS = {
     "neuron": (gated_add_, side_forward, neuron_bank, reference.dense_neuron, (20, 0, 7)),
@@ -55,10 +55,10 @@ def test_strided_output_and_empty_inputs(layout):
 
 
 def test_memories_out_of_scope_are_not_read():
-    values, columns, offsets = neuron_bank((5, 6))
+    values, columns, bounds = neuron_bank((5, 6))
     values[5:] = float("nan")
     y = normal(4, OUTPUTS)
-    gated_add_(y, normal(4, WIDTH), values, columns, offsets, torch.tensor([0, -1]))
+    gated_add_(y, normal(4, WIDTH), values, columns, bounds, torch.tensor([0, -1]))
     assert not y.isnan().any()
 
 
@@ -67,15 +67,16 @@ def test_the_sync_free_form_keeps_bits_too():
     before = normal(6, OUTPUTS)
     before[0] = -0.0
     y = before.clone()
-    _add_everywhere(y, torch.tensor([-1, -1, 0, 0, 1, 1]), 2, lambda j, rows: side[j])
+    _add_chosen(y, torch.tensor([-1, 0, 1]), side)
     assert torch.equal(y[:2].view(torch.int32), before[:2].view(torch.int32))
     assert torch.equal(y[2:4], before[2:4] + side[0, 2:4]) and torch.equal(y[4:], before[4:] + side[1, 4:])
 
 
+@pytest.mark.parametrize("with_side", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_flow_where_they_are_wanted(layout):
-    add, _, make, dense_of, sizes = LAYOUTS[layout]
-    values, where, offsets = make(sizes)
+def test_gradients_flow_where_they_are_wanted(layout, with_side):
+    add, side_of, make, dense_of, sizes = LAYOUTS[layout]
+    values, where, bounds = make(sizes)
     a, base, choice = (
         normal(6, WIDTH).requires_grad_(),
         normal(6, OUTPUTS, seed=2).requires_grad_(),
@@ -83,10 +84,10 @@ def test_gradients_flow_where_they_are_wanted(layout):
     )
     values.requires_grad_()
     y = base * 1.0
-    add(y, a, values, where, offsets, choice)
+    add(y, a, values, where, bounds, choice, side_of(a, values, where, bounds)[0] if with_side else None)
     weights = normal(6, OUTPUTS, seed=5)
     got = torch.autograd.grad((y * weights).sum(), (a, base, values))
-    response = a[:3] @ dense_of(values, where, offsets, WIDTH)[2].t()
+    response = a[:3] @ dense_of(values, where, bounds, WIDTH)[2].t()
     expected = torch.autograd.grad((response * weights[:3]).sum() + (base * weights).sum(), (a, base, values))
     for g, e in zip(got, expected, strict=True):
         assert_within(g, e, e, torch.float32)
@@ -120,10 +121,12 @@ def test_errors_leave_the_output_as_it_was():
         "choice must be int64": {"choice": torch.tensor([0.0, 0.0])},
         "choice names memory 2": {"choice": torch.tensor([0, 2])},
         "pass None": {"side": torch.zeros(2, 0, OUTPUTS)},
+        "from 0 to the 11 rows": {"bounds": torch.tensor([0, 5, 10])},
     }
+    arguments = dict(zip(("values", "columns", "bounds"), bank, strict=True)) | {"choice": torch.tensor([0, 1])}
     for message, change in cases.items():
         with pytest.raises(ValueError, match=message):
-            gated_add_(y, a, *bank, **({"choice": torch.tensor([0, 1])} | change))
+            gated_add_(y, a, **(arguments | change))
     with pytest.raises(ValueError, match="y must be"):
         gated_add_(y.half(), a, *bank, torch.tensor([0, 1]))
     assert torch.equal(y, before)

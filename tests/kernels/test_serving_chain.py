@@ -18,13 +18,15 @@ class Served(torch.nn.Module):
     def __init__(self, layout):
         super().__init__()
         self.dual, self.add, make, sizes = LAYOUTS[layout]
-        values, self.where, self.offsets = make(sizes)
+        values, where, bounds = make(sizes)
         self.values = torch.nn.Parameter(values)
+        self.register_buffer("where", where)
+        self.register_buffer("bounds", bounds)
 
     def forward(self, a, mask, thresholds):
-        y, side, norms = self.dual(a, WEIGHT, None, self.values, self.where, self.offsets)
+        y, side, norms = self.dual(a, WEIGHT, None, self.values, self.where, self.bounds)
         scores, choice = route(norms, mask, thresholds)
-        self.add(y, a, self.values, self.where, self.offsets, choice, side)
+        self.add(y, a, self.values, self.where, self.bounds, choice, side)
         return y, scores, choice
 
 
@@ -68,3 +70,34 @@ def test_gradients_compile(layout):
     ):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
         assert got.any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_changed_bank_does_not_recompile(layout, trained):
+    dual, add, make, sizes = LAYOUTS[layout]
+    a, mask, thresholds = normal(12, WIDTH), torch.ones(2, 6, dtype=torch.bool), torch.tensor([4.0, 4.0])
+
+    def serve(a, values, where, bounds):
+        y, side, norms = dual(a, WEIGHT, None, values, where, bounds, response=False)
+        scores, choice = route(norms, mask, thresholds)
+        add(y, a, values, where, bounds, choice)
+        return y, scores
+
+    torch._dynamo.reset()
+    compiled = torch.compile(serve, fullgraph=True, backend="aot_eager")
+    other = (13, 30) if layout == "neuron" else (0.1, 0.6)
+    for stance, bank in (("default", make(sizes)), ("fail_on_recompile", make(other, seed=3))):
+        bank[0].requires_grad_(trained)
+        torch._dynamo.mark_dynamic(bank[0], 0)
+        if layout == "neuron":
+            torch._dynamo.mark_dynamic(bank[1], 0)
+        with torch.compiler.set_stance(stance):
+            got = compiled(a, *bank)
+        expected = serve(a, *bank)
+        assert (expected[0] != F.linear(a, WEIGHT)).any()
+        for g, e in zip(got, expected, strict=True):
+            torch.testing.assert_close(g, e)
+        if trained:
+            gradients = [torch.autograd.grad(y.square().sum() + s.sum(), bank[0])[0] for y, s in (got, expected)]
+            torch.testing.assert_close(*gradients)

@@ -1,5 +1,5 @@
 """What every launcher shares: the device guard, whether triton's interpreter is on, and the description of a shipped
-configuration, from which it is compiled ahead of time (`aot.py`).
+configuration, from which bench/aot.py compiles it ahead of time.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -11,6 +11,8 @@ from torch import Tensor
 
 # "sm_*" are NVIDIA's, "gfx942" is AMD's MI300.
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Arguments that change from call to call: specialised on, they would compile again for 1 and for multiples of 16.
+SIZES = ("rows", "tokens", "memories", "batch")
 
 
 def guard(tensor: Tensor) -> AbstractContextManager:
