@@ -31,7 +31,8 @@ def _threshold(shard: Tensor, density: float) -> Tensor:
 def _trimmed(values: Sequence[Tensor], index: Sequence[Tensor], taus: list, union: Tensor) -> Iterator:
     for i, (shard, rows, tau) in enumerate(zip(values, index, taus, strict=True)):
         if shard.numel():
-            kept = shard.masked_fill((shard.abs() >= tau).logical_not_(), 0).float()
+            # A product, because torch.where and masked_fill are several times slower on the CPU.
+            kept = (shard * (shard.abs() >= tau)).float()
             yield i, kept, torch.searchsorted(union, rows)
 
 
@@ -54,16 +55,16 @@ def _merge(
     mass = values[0].new_zeros(shape, dtype=torch.float64)
     for _, kept, where in _trimmed(values, index, taus, union):
         mass.index_add_(0, where, kept.double())
-    # A byte an entry is all the second pass over the shards needs of the election.
-    elected = mass.sign().to(torch.int8)
+    # Two flags an entry are all the second pass over the shards needs of the election.
+    plus, minus = mass > 0, mass < 0
     del mass
     total, count = (values[0].new_zeros(shape, dtype=torch.float32) for _ in range(2))
     for i, kept, where in _trimmed(values, index, taus, union):
-        # A 0 agrees with an election that nobody won; it adds nothing to the sum, so the entry is 0 all the same.
-        agree = kept.sign() == elected.index_select(0, where)
+        agree = ((kept > 0) & plus.index_select(0, where)).logical_or_((kept < 0) & minus.index_select(0, where))
         total.index_add_(0, where, kept * agree, alpha=weights[i])
         count.index_add_(0, where, agree.float(), alpha=weights[i])
-    merged = torch.where(count > 0, total / count, 0.0)
+    # Where nobody agrees both are 0, and the quotient is 0 / 1.
+    merged = total.div_(count.add_(count == 0))
     return merged.to(values[0].dtype), union
 
 
