@@ -36,10 +36,12 @@ def unpack_bits(bits: Tensor, width: int) -> Tensor:
     if bits.dtype != torch.int32 or bits.dim() < 1 or bits.shape[-1] != words(width):
         expected = f"int32 [..., {words(width)}] for width {width}"
         raise ValueError(f"bits must be {expected}, got {bits.dtype} {tuple(bits.shape)}")
-    # Bytes instead of words: the temporary is one byte a weight, not four (little-endian hosts and devices).
-    octets = bits.contiguous().view(torch.uint8)
-    mask = (octets.unsqueeze(-1) >> _shifts(bits.device)) & 1
-    return mask.view(torch.bool).flatten(-2)[..., :width]
+    # A byte of bits looks up the eight bytes it stands for (little-endian hosts and devices): one pass over the mask.
+    shifts = _shifts(bits.device)
+    table = ((torch.arange(256, dtype=torch.uint8, device=bits.device).unsqueeze(-1) >> shifts) & 1).view(torch.int64)
+    octets = bits.contiguous().view(torch.uint8).flatten()
+    mask = table.flatten().index_select(0, octets.int()).view(torch.bool)
+    return mask.view(*bits.shape[:-1], WORD * bits.shape[-1])[..., :width]
 
 
 def popcount_table(bits: Tensor) -> Tensor:

@@ -6,22 +6,33 @@ magnitude. Elect: gamma = sign(sum_i v_i). Merge: mean of w_i v_i over the shard
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
+def _keep(size: int, density: float) -> int:
+    """k = density * size rounded half up, at least 1 and at most the size."""
+    return min(size, max(1, int(density * size + 0.5)))
+
+
 def _threshold(shard: Tensor, density: float) -> Tensor:
-    """tau: the k-th largest magnitude of `shard` as a 0-d tensor, k = density * size rounded half up, at least 1."""
-    size = shard.numel()
-    keep = min(size, max(1, int(density * size + 0.5)))
-    # kthvalue selects without sorting, and its threshold is an entry of the shard, so >= is exact in any dtype.
-    return shard.abs().flatten().kthvalue(size - keep + 1).values
+    """tau: the k-th largest magnitude of `shard` as a 0-d tensor; an entry of the shard, so >= is exact."""
+    below = shard.numel() - _keep(shard.numel(), density)
+    magnitude = shard.abs().flatten()
+    if shard.device.type != "cpu" or shard.dtype == torch.float64:
+        return magnitude.kthvalue(below + 1).values
+    # The bits of |v| order as |v| does, and numpy selects among integers 15 times faster than kthvalue among floats.
+    bits = magnitude.view(torch.int32 if shard.element_size() == 4 else torch.int16).int()
+    tau = torch.tensor(np.partition(bits.numpy(), below)[below])
+    return tau.to(torch.int32 if shard.element_size() == 4 else torch.int16).view(shard.dtype)
 
 
 def _trimmed(values: Sequence[Tensor], index: Sequence[Tensor], taus: list, union: Tensor) -> Iterator:
     for i, (shard, rows, tau) in enumerate(zip(values, index, taus, strict=True)):
         if shard.numel():
-            kept = torch.where(shard.abs() >= tau, shard, 0).float()
+            # A product, because torch.where and masked_fill are several times slower on the CPU.
+            kept = (shard * (shard.abs() >= tau)).float()
             yield i, kept, torch.searchsorted(union, rows)
 
 
@@ -32,8 +43,7 @@ def _check_sorted(index: Sequence[Tensor]) -> None:
             raise ValueError(f"index[{i}] must be sorted and without repeats")
 
 
-@torch.library.custom_op("wise::ties_merge", mutates_args=())
-def _ties_merge(
+def _merge(
     values: Sequence[Tensor], index: Sequence[Tensor], density: float, weights: Sequence[float] | None
 ) -> tuple[Tensor, Tensor]:
     _check_sorted(index)
@@ -45,17 +55,34 @@ def _ties_merge(
     mass = values[0].new_zeros(shape, dtype=torch.float64)
     for _, kept, where in _trimmed(values, index, taus, union):
         mass.index_add_(0, where, kept.double())
-    # A byte an entry is all the second pass over the shards needs of the election.
-    elected = mass.sign().to(torch.int8)
+    # Two flags an entry are all the second pass over the shards needs of the election.
+    plus, minus = mass > 0, mass < 0
     del mass
     total, count = (values[0].new_zeros(shape, dtype=torch.float32) for _ in range(2))
     for i, kept, where in _trimmed(values, index, taus, union):
-        # A 0 agrees with an election that nobody won; it adds nothing to the sum, so the entry is 0 all the same.
-        agree = kept.sign() == elected.index_select(0, where)
+        agree = ((kept > 0) & plus.index_select(0, where)).logical_or_((kept < 0) & minus.index_select(0, where))
         total.index_add_(0, where, kept * agree, alpha=weights[i])
         count.index_add_(0, where, agree.float(), alpha=weights[i])
-    merged = torch.where(count > 0, total / count, 0.0)
+    # Where nobody agrees both are 0, and the quotient is 0 / 1.
+    merged = total.div_(count.add_(count == 0))
     return merged.to(values[0].dtype), union
+
+
+@torch.library.custom_op("wise::ties_merge", mutates_args=())
+def _ties_merge(
+    values: Sequence[Tensor], index: Sequence[Tensor], density: float, weights: Sequence[float] | None
+) -> tuple[Tensor, Tensor]:
+    return _merge(values, index, density, weights)
+
+
+@_ties_merge.register_kernel("cuda")
+def _(values, index, density, weights):
+    from .gpu import ties_merge as gpu
+
+    if not gpu.supported(values):
+        return _merge(values, index, density, weights)
+    keep = [_keep(shard.numel(), density) for shard in values]
+    return gpu.ties_merge(values, index, keep, [1.0] * len(values) if weights is None else weights)
 
 
 @_ties_merge.register_fake

@@ -104,6 +104,30 @@ def test_blocks_of_output_rows_give_the_same_step(monkeypatch):
     assert_fp32(got, expected)
 
 
+@pytest.mark.parametrize("hyper", [HYPER[1], HYPER[4]])
+@pytest.mark.parametrize("dtype", DTYPES)
+@LAYOUTS
+def test_the_copy_is_the_new_values_in_its_own_dtype(layout, dtype, hyper):
+    a, dy = normal(9, WIDTH), normal(9, OUTPUTS, seed=1)
+    values = layout.pack(normal(OUTPUTS, WIDTH, seed=2))
+    alone, copy = values.clone(), torch.full(values.shape, float("nan"), dtype=dtype)
+    layout.update(alone, a, dy, *state_for(values), **hyper)
+    layout.update(values, a, dy, *state_for(values), copy=copy, **hyper)
+    assert torch.equal(values, alone) and torch.equal(copy, values.to(dtype))
+
+
+def test_adam_steps_strided_memories_as_contiguous_ones():
+    # Contiguous tensors go through torch's fused kernel, others through its operations one by one.
+    a, dy, values = normal(9, 13), normal(9, OUTPUTS, seed=1), normal(13, OUTPUTS, seed=2)
+    strided = values.t().contiguous().t()
+    state, strided_state = state_for(values), state_for(values)
+    for step in (1, 2, 3):
+        masked_update_(values, a, dy, *state, step=step, **HYPER[4])
+        masked_update_(strided, a, dy, *strided_state, step=step, **HYPER[4])
+    for got, expected in zip((strided, *strided_state), (values, *state), strict=True):
+        assert_fp32(got, expected)
+
+
 def test_strided_inputs():
     values, a, dy = normal(13, OUTPUTS), normal(2 * WIDTH, 9).t()[:, ::2], normal(OUTPUTS, 9, seed=1).t()
     expected = values - 0.1 * (a[:, COLUMNS].t() @ dy)
@@ -118,10 +142,10 @@ def test_opcheck_and_compile(layout, hyper):
     a, dy, start = normal(9, WIDTH), normal(9, OUTPUTS, seed=1), layout.pack(normal(OUTPUTS, WIDTH, seed=2))
     numbers = (0.1, 2, hyper["optimizer"], 0.9, 0.9, 0.99, 1e-8, 0.1, 0.5)
     if layout is Neuron:
-        arguments = (start.clone(), a[:, COLUMNS], dy, *state_for(start), *numbers)
+        arguments = (start.clone(), a[:, COLUMNS], dy, *state_for(start), start.bfloat16(), *numbers)
         opcheck(torch.ops.wise.masked_update_.default, arguments)
     else:
-        arguments = (start.clone(), pack_bits(SCATTERED), a, dy, *state_for(start), *numbers)
+        arguments = (start.clone(), pack_bits(SCATTERED), a, dy, *state_for(start), start.bfloat16(), *numbers)
         opcheck(torch.ops.wise.masked_update_element_.default, arguments)
 
     bits = pack_bits(SCATTERED)
@@ -151,6 +175,7 @@ def test_errors_leave_the_memory_as_it_was():
         "step counts from 1": {"step": 0},
         "must not be negative": {"clamp": -1.0},
         "betas must be": {"betas": (0.9, 1.0)},
+        "copy must be": {"copy": torch.zeros(13, OUTPUTS + 1)},
     }
     for message, change in cases.items():
         with pytest.raises(ValueError, match=message):
