@@ -9,10 +9,10 @@ STAMP := $(VENV)/.installed
 UNFINISHED := $(VENV)/.unfinished
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo lint test bench clean
+.PHONY: help venv demo lint test test-gpu bench bench-ops bench-gpu aot clean
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 venv: $(STAMP) ## make .venv with everything in it, at the versions of constraints.txt
 
@@ -39,6 +39,23 @@ test: lint ## lint, then the test suite (ARGS="-k name" for a part)
 
 bench: $(STAMP) ## the benchmarks (ARGS= is passed on)
 	@$(BIN)/python -m bench.run $(ARGS)
+
+bench-ops: $(STAMP) ## the ops on the CPU beside plain PyTorch, about 2 minutes (ARGS= is passed on)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -q bench/ops.py $(ARGS)
+
+# On a machine with a GPU, that machine's Python with its torch and triton as they are: nothing is installed, nothing is
+# fetched. Where $(PYTHON) has none, the environment's.
+AT_HAND = $(shell $(PYTHON) -c 'import torch, triton' 2>/dev/null && echo $(PYTHON) || echo $(BIN)/python)
+GPU_RUN = PYTHONPATH=.:kernels HF_HUB_OFFLINE=1 $(AT_HAND)
+
+test-gpu: ## the kernels' tests on the GPU at hand, and compute-sanitizer; without a GPU, as far as that goes
+	@$(GPU_RUN) -m bench.gpu_tests $(ARGS)
+
+bench-gpu: ## measure the kernels on the GPU at hand, 8 minutes at most; without a GPU, a dry run
+	@$(GPU_RUN) -m bench.gpu $(ARGS)
+
+aot: ## compile every kernel for sm_80, sm_90, sm_100 and gfx942: registers, spills, shared memory
+	@$(GPU_RUN) -m bench.aot $(ARGS)
 
 clean: ## remove caches and build output (the environment stays)
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

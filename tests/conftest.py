@@ -8,14 +8,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first importe
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
+
+try:
+    import hypothesis
+except ImportError:
+    from tests import without_hypothesis
+
+    without_hypothesis.install()
+    import hypothesis
 
 if not torch.cuda.is_available():
     # Read when triton is first imported: here, because transformers imports it, and torch alone does not.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-settings.register_profile("wise_fast", deadline=None)  # no timing assertions: machines differ
-settings.load_profile("wise_fast")
+hypothesis.settings.register_profile("wise_fast", deadline=None)  # no timing assertions: machines differ
+hypothesis.settings.load_profile("wise_fast")
 
 
 def pytest_collection_modifyitems(items):

@@ -115,3 +115,18 @@ def test_ci_script_is_executable_bash():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert script.read_text().startswith("#!/usr/bin/env bash\nset -euo pipefail\n")
+
+
+def test_kernel_tests_run_without_hypothesis():
+    code = """
+import sys, pytest
+class Absent:
+    def find_spec(name, *rest):
+        if name.partition(".")[0] == "hypothesis":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent)
+sys.exit(pytest.main(["-q", "-p", "no:hypothesispytest", "tests/kernels/test_bits.py"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "needs hypothesis" in done.stdout and "passed" in done.stdout

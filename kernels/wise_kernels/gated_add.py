@@ -23,13 +23,12 @@ def _add_in_scope(y: Tensor, choice: Tensor, memories: int, respond: Callable[[i
     """y += the chosen memory's response, respond(j, rows), touching the memories and rows in scope only (CPU)."""
     if memories == 0 or y.shape[0] == 0:
         return
-    wanted, by_row = choice.unique().tolist(), _by_row(y, choice)
-    if wanted[-1] >= memories:
+    wanted = sorted({j for j in choice.tolist() if j >= 0})
+    if wanted and wanted[-1] >= memories:
         raise ValueError(f"choice names memory {wanted[-1]}, the bank has {memories}")
     for j in wanted:
-        if j >= 0:
-            rows = (by_row == j).nonzero().squeeze(1)
-            y.index_add_(0, rows, respond(j, rows))
+        rows = (_by_row(y, choice) == j).nonzero().squeeze(1)
+        y.index_add_(0, rows, respond(j, rows))
 
 
 def _add_chosen(y: Tensor, choice: Tensor, side: Tensor) -> None:

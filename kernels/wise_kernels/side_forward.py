@@ -36,8 +36,9 @@ def empty_side(a: Tensor, memories: int, outputs: int, response: bool) -> tuple[
 
 
 def _store(response_j: Tensor, j: int, side: Tensor, norms: Tensor, response: bool) -> None:
-    # dtype: sum the squares in fp32, fp16 would overflow where the response is fine.
-    norms[j] = torch.linalg.vector_norm(response_j, dim=1, dtype=torch.float32)
+    # dtype: sum the squares in fp32 at least, fp16 would overflow where the response is fine.
+    wide = torch.promote_types(response_j.dtype, torch.float32)
+    norms[j] = torch.linalg.vector_norm(response_j, dim=1, dtype=wide)
     if response:
         side[j] = response_j
 

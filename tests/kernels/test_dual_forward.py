@@ -109,6 +109,17 @@ def test_the_backward_is_an_op_too(layout, sizes, response):
     opcheck(op, (torch.ones_like(side), torch.ones_like(norms), a, *bank, side, norms, response))
 
 
+@pytest.mark.parametrize("layout,sizes", [("neuron", (20, 0, 7)), ("element", (0.5, 0.0, 1.0))])
+def test_double_precision(layout, sizes):
+    dual, _, make, dense_of = LAYOUTS[layout]
+    bank = make(sizes, dtype=torch.float64)
+    a = normal(5, WIDTH, dtype=torch.float64)
+    y, side, norms = dual(a, normal(OUTPUTS, WIDTH, dtype=torch.float64), None, *bank)
+    assert y.dtype == side.dtype == torch.float64 and norms.dtype == torch.float32
+    expected = torch.stack([a @ d.double().t() for d in dense_of(*bank, WIDTH)])
+    torch.testing.assert_close(side, expected, rtol=1e-5, atol=1e-5)  # the definition rounds D to fp32
+
+
 def test_autocast_gives_the_dtype_that_linear_gives():
     values, columns, bounds = neuron_bank((5,))
     a, weight = normal(4, WIDTH), normal(OUTPUTS, WIDTH, seed=5)
