@@ -141,7 +141,7 @@ def _key(case, target: str) -> str:
     import triton
 
     parts = (triton.__version__, target, case.kernel.cache_key, case.signature, case.constexprs, case.divisible)
-    text = repr((*parts, case.num_warps, case.num_stages, Path(__file__).read_text()))
+    text = repr((*parts, case.num_warps, case.num_stages, case.maxnreg, Path(__file__).read_text()))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -162,7 +162,9 @@ def compiled(case, target: str) -> dict:
     source = ASTSource(case.kernel, signature, dict(case.constexprs), attributes)
     log = io.StringIO()
     with redirect_stdout(log):
-        made = triton.compile(source, chip, {"num_warps": case.num_warps, "num_stages": case.num_stages})
+        options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+        options |= {} if case.maxnreg is None else {"maxnreg": case.maxnreg}
+        made = triton.compile(source, chip, options)
     assembly = made.asm["amdgcn" if amd else "ptx"]
     found = amd_resources(assembly) if amd else nvidia_resources(log.getvalue())
     instructions = sorted({short for word, short in INSTRUCTIONS.items() if word in assembly})

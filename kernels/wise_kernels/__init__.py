@@ -2,7 +2,7 @@
 banks of J compact side memories, routing, editing steps and merging. `reference.py` holds the definition of each op.
 """
 
-from .bits import pack_bits, unpack_bits
+from .bits import pack_bits, popcount_table, unpack_bits
 from .dual_forward import dual_forward, dual_forward_element
 from .gated_add import gated_add_, gated_add_element_
 from .leverage import leverage
@@ -21,6 +21,7 @@ __all__ = [
     "masked_update_",
     "masked_update_element_",
     "pack_bits",
+    "popcount_table",
     "route",
     "side_forward",
     "side_forward_element",

@@ -42,6 +42,25 @@ def unpack_bits(bits: Tensor, width: int) -> Tensor:
     return mask.view(torch.bool).flatten(-2)[..., :width]
 
 
+def popcount_table(bits: Tensor) -> Tensor:
+    """[J, O, ceil(F/64)] int32 from bits [J, O, ceil(F/32)]: set bits of memory j before each block of two words.
+
+    It tells a device where the values of a block begin, follows from `bits` alone and is worth keeping with a bank.
+
+    Raises ValueError if `bits` is not int32 [J, O, words].
+    """
+    if bits.dtype != torch.int32 or bits.dim() != 3:
+        raise ValueError(f"bits must be int32 [J, O, words], got {bits.dtype} {tuple(bits.shape)}")
+    if bits.is_cuda:
+        from .gpu.dual_forward_element import popcount_table as launch
+
+        return launch(bits)
+    set_bits = unpack_bits(bits, bits.shape[2] * WORD)
+    counts = F.pad(set_bits, (0, bits.shape[2] % 2 * WORD)).unflatten(2, (-1, 2 * WORD)).sum(3, dtype=torch.int32)
+    before = counts.flatten(1).cumsum(1, dtype=torch.int32).view_as(counts)
+    return before - counts
+
+
 def unpack_dense(values: Tensor, bits: Tensor, width: int) -> Tensor:
     """Dense D [O, width] of one memory from its packed `values [V]` and `bits [O, ceil(width/32)]`."""
     mask = unpack_bits(bits, width)

@@ -1,6 +1,6 @@
 """Main projection, side responses and routing norms of activations a [N, F] in one op: y = a W^T + b [N, O],
 side_j = a D_j^T [J, N, O], norms_j(t) = ||a_t D_j^T||_2 [J, N] (eq. 3). y is exactly F.linear(a, W, b): a model with
-memories that are out of scope answers bit for bit like the unedited one.
+memories that are out of scope answers bit for bit like the unedited one (unless told to fuse it, `exact_main`).
 """
 
 import torch
@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import autocast, check_element, check_neuron, check_weight
-from .side_forward import element_side, empty_side, neuron_side, side_backward, side_backward_element
+from .side_forward import (
+    element_side,
+    element_side_gpu,
+    empty_side,
+    neuron_side,
+    neuron_side_gpu,
+    side_backward,
+    side_backward_element,
+)
 
 
 @torch.library.custom_op("wise::dual_forward", mutates_args=())
@@ -20,6 +28,7 @@ def _dual_forward(
     columns: Tensor,
     bounds: Tensor,
     response: bool,
+    exact_main: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # The same call as the unedited layer's, on the same strides, is what makes y identical to the bit.
     return F.linear(a, weight, bias), *neuron_side(a, values, columns, bounds, response)
@@ -34,19 +43,34 @@ def _dual_forward_element(
     bits: Tensor,
     bounds: Tensor,
     response: bool,
+    popcounts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return F.linear(a, weight, bias), *element_side(a, values, bits, bounds, response)
 
 
+@_dual_forward.register_kernel("cuda")
+def _(a, weight, bias, values, columns, bounds, response, exact_main=True):
+    if exact_main or a.dtype == torch.float64:
+        return F.linear(a, weight, bias), *neuron_side_gpu(a, values, columns, bounds, response)
+    from .gpu.dual_forward import dual_forward as launch
+
+    return launch(a, weight, bias, values, columns, bounds, response)
+
+
+@_dual_forward_element.register_kernel("cuda")
+def _(a, weight, bias, values, bits, bounds, response, popcounts=None):
+    return F.linear(a, weight, bias), *element_side_gpu(a, values, bits, bounds, response, popcounts)
+
+
 @_dual_forward.register_fake
 @_dual_forward_element.register_fake
-def _fake(a, weight, bias, values, layout, bounds, response):
+def _fake(a, weight, bias, values, layout, bounds, response, option=None):
     y = a.new_empty(a.shape[0], weight.shape[0])
     return y, *empty_side(a, bounds.shape[0] - 1, weight.shape[0], response)
 
 
 def _setup_context(ctx, inputs, output):
-    a, weight, _, values, layout, bounds, ctx.response = inputs
+    a, weight, _, values, layout, bounds, ctx.response, _ = inputs
     ctx.save_for_backward(weight, a, values, layout, bounds, *output[1:])
 
 
@@ -61,14 +85,14 @@ def _backward(ctx, grad_y, grad_side, grad_norms):
     weight, *saved = ctx.saved_tensors
     grad_a, grad_weight, grad_bias = _linear_backward(ctx, grad_y, weight, saved[0])
     grad_side_a, grad_values = side_backward(grad_side, grad_norms, *saved, ctx.response)
-    return grad_a + grad_side_a, grad_weight, grad_bias, grad_values, None, None, None
+    return grad_a + grad_side_a, grad_weight, grad_bias, grad_values, None, None, None, None
 
 
 def _backward_element(ctx, grad_y, grad_side, grad_norms):
     weight, *saved = ctx.saved_tensors
     grad_a, grad_weight, grad_bias = _linear_backward(ctx, grad_y, weight, saved[0])
     grad_side_a, grad_values = side_backward_element(grad_side, grad_norms, *saved, ctx.response)
-    return grad_a + grad_side_a, grad_weight, grad_bias, grad_values, None, None, None
+    return grad_a + grad_side_a, grad_weight, grad_bias, grad_values, None, None, None, None
 
 
 _dual_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -83,6 +107,7 @@ def dual_forward(
     columns: Tensor,
     bounds: Tensor,
     response: bool = True,
+    exact_main: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Main output, side responses and routing norms (eq. 3), neuron layout; differentiable in every float input.
 
@@ -94,17 +119,22 @@ def dual_forward(
         columns: [R] int64 in [0, F).
         bounds: [J + 1] int64 on the device of the bank; rows bounds[j]:bounds[j+1] belong to memory j.
         response: whether to keep the responses, not only their norms.
+        exact_main: on a device, whether y comes from F.linear's own kernel, in a launch of its own. Otherwise one
+            launch gives y and the responses. It reads as many bytes and multiplies as often, and should save 6 % of
+            the time of few rows and little of many (predicted, see gpu/dual_forward.py), but y differs from F.linear
+            in the last bits: a model whose memories are all out of scope no longer repeats the unedited one exactly.
+            On CPU y is always exact.
 
     Returns:
-        y [N, O], bit-identical to F.linear(a, weight, bias); side [J, N, O] in the dtype of `a` ([J, 0, O] without
-        `response`); norms [J, N] fp32.
+        y [N, O], with `exact_main` bit-identical to F.linear(a, weight, bias); side [J, N, O] in the dtype of `a`
+        ([J, 0, O] without `response`); norms [J, N] fp32.
 
     Raises ValueError for shapes, dtypes or devices other than these, and on CPU for bounds that do not cover `values`.
     """
     a, weight, bias, values = autocast(a, weight, bias, values)
     check_neuron(a, values, columns, bounds)
     check_weight(a, weight, bias, values.shape[1])
-    return _dual_forward(a, weight, bias, values, columns, bounds, response)
+    return _dual_forward(a, weight, bias, values, columns, bounds, response, exact_main)
 
 
 def dual_forward_element(
@@ -115,6 +145,7 @@ def dual_forward_element(
     bits: Tensor,
     bounds: Tensor,
     response: bool = True,
+    popcounts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Main output, side responses and routing norms (eq. 3), element layout; differentiable in every float input.
 
@@ -127,6 +158,7 @@ def dual_forward_element(
         bounds: [J + 1] int64 on the device of the bank; values[bounds[j]:bounds[j+1]] belong to memory j, one to each
             of its set bits.
         response: whether to keep the responses, not only their norms.
+        popcounts: popcount_table(bits), to spare a device computing it in every call; not used on CPU.
 
     Returns:
         y [N, O], bit-identical to F.linear(a, weight, bias); side [J, N, O] in the dtype of `a` ([J, 0, O] without
@@ -137,4 +169,4 @@ def dual_forward_element(
     a, weight, bias, values = autocast(a, weight, bias, values)
     check_element(a, values, bits, bounds)
     check_weight(a, weight, bias, bits.shape[1])
-    return _dual_forward_element(a, weight, bias, values, bits, bounds, response)
+    return _dual_forward_element(a, weight, bias, values, bits, bounds, response, popcounts)

@@ -29,6 +29,24 @@ def element_side(a: Tensor, values: Tensor, bits: Tensor, bounds: Tensor, respon
     return side, norms
 
 
+def neuron_side_gpu(a: Tensor, values: Tensor, columns: Tensor, bounds: Tensor, response: bool):
+    """`neuron_side` by the kernels of gpu/dual_forward.py, which have no float64."""
+    if a.dtype == torch.float64:
+        return neuron_side(a, values, columns, bounds, response)
+    from .gpu.dual_forward import dual_forward
+
+    return dual_forward(a, None, None, values, columns, bounds, response)[1:]
+
+
+def element_side_gpu(a: Tensor, values: Tensor, bits: Tensor, bounds: Tensor, response: bool, popcounts: Tensor | None):
+    """`element_side` by the kernels of gpu/dual_forward_element.py, which have no float64."""
+    if a.dtype == torch.float64:
+        return element_side(a, values, bits, bounds, response)
+    from .gpu.dual_forward_element import element_forward
+
+    return element_forward(a, values, bits, bounds, response, popcounts)
+
+
 def empty_side(a: Tensor, memories: int, outputs: int, response: bool) -> tuple[Tensor, Tensor]:
     """Uninitialised outputs; also what the fakes return."""
     side = a.new_empty(memories, a.shape[0] if response else 0, outputs)
@@ -113,9 +131,13 @@ def _side_forward(a: Tensor, values: Tensor, columns: Tensor, bounds: Tensor, re
 
 @torch.library.custom_op("wise::side_forward_element", mutates_args=())
 def _side_forward_element(
-    a: Tensor, values: Tensor, bits: Tensor, bounds: Tensor, response: bool
+    a: Tensor, values: Tensor, bits: Tensor, bounds: Tensor, response: bool, popcounts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     return element_side(a, values, bits, bounds, response)
+
+
+_side_forward.register_kernel("cuda")(neuron_side_gpu)
+_side_forward_element.register_kernel("cuda")(element_side_gpu)
 
 
 @_side_forward.register_fake
@@ -124,12 +146,12 @@ def _(a, values, columns, bounds, response):
 
 
 @_side_forward_element.register_fake
-def _(a, values, bits, bounds, response):
+def _(a, values, bits, bounds, response, popcounts=None):
     return empty_side(a, bits.shape[0], bits.shape[1], response)
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.response = inputs
+    *tensors, ctx.response = inputs[:5]
     ctx.save_for_backward(*tensors, *output)
 
 
@@ -138,7 +160,7 @@ def _backward(ctx, grad_side, grad_norms):
 
 
 def _backward_element(ctx, grad_side, grad_norms):
-    return *side_backward_element(grad_side, grad_norms, *ctx.saved_tensors, ctx.response), None, None, None
+    return *side_backward_element(grad_side, grad_norms, *ctx.saved_tensors, ctx.response), None, None, None, None
 
 
 _side_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -168,7 +190,12 @@ def side_forward(
 
 
 def side_forward_element(
-    a: Tensor, values: Tensor, bits: Tensor, bounds: Tensor, response: bool = True
+    a: Tensor,
+    values: Tensor,
+    bits: Tensor,
+    bounds: Tensor,
+    response: bool = True,
+    popcounts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Side responses and routing norms (eq. 3), element layout; differentiable in `a` and `values`.
 
@@ -179,6 +206,7 @@ def side_forward_element(
         bounds: [J + 1] int64 on the device of the bank; values[bounds[j]:bounds[j+1]] belong to memory j, one to each
             of its set bits.
         response: whether to keep the responses, not only their norms.
+        popcounts: popcount_table(bits), to spare a device computing it in every call; not used on CPU.
 
     Returns:
         side [J, N, O] in the dtype of `a` ([J, 0, O] without `response`) and norms [J, N] fp32.
@@ -187,4 +215,4 @@ def side_forward_element(
     """
     a, values = autocast(a, values)
     check_element(a, values, bits, bounds)
-    return _side_forward_element(a, values, bits, bounds, response)
+    return _side_forward_element(a, values, bits, bounds, response, popcounts)

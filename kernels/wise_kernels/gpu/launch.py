@@ -37,7 +37,7 @@ class AotCase:
         kernel: the function under `@triton.jit`.
         signature: argument name -> triton type, such as "*bf16", "i32", "i64", "fp32" or "constexpr".
         constexprs: argument name -> value, for the arguments that are "constexpr".
-        num_warps, num_stages: as launched.
+        num_warps, num_stages, maxnreg: as launched.
         expect: "wgmma" promises wgmma on sm_90 and a matrix instruction elsewhere, "mma" a matrix instruction
             everywhere, None nothing.
         divisible: names of the arguments that are multiples of 16 at run time, as contiguous pointers and usual
@@ -54,3 +54,4 @@ class AotCase:
     expect: str | None = None
     divisible: tuple[str, ...] = ()
     targets: tuple[str, ...] = TARGETS
+    maxnreg: int | None = None

@@ -1,0 +1,233 @@
+"""Element layout on the device: side_j = a D_j^T [J, N, O] and norms_j(t) = ||side_j,t||_2 [J, N] (eq. 3), D_j [O, F]
+expanded on the fly from bits [J, O, ceil(F/32)] and its packed values, and never in device memory.
+
+Value v of a memory belongs to its v-th set bit, so a weight's place is the number of set bits before it. `popcounts
+[J, O, ceil(F/64)]` holds that number for the first weight of every block of 64; within a block it is a population count
+of at most two words. A thread expands eight neighbouring weights: one count, then eight predicated loads, which for the
+threads of a warp fall on the same few sectors. Words and values are read one step ahead of their product.
+
+Few rows (N <= 64): 2 V + O F (1/8 + 1/16) bytes for 16-bit values, at rho 0.2 and 4096 x 11008 26 MB or 8 us at 3.35
+TB/s; but bound by issue slots: 15 instructions of a warp (counted in sm_90 code) for 32 weights make 23 us on 132 SMs
+at 1.75 GHz, beside a plain projection of 27 us. More rows: the matrix product is dense, 2 N O F, as long as the plain
+projection's. A program has 256 rows, for which it expands once: 568 issue cycles a step where the matrix units take
+512, with two programs an SM (hence the register limit), so that one expands while the other multiplies. Predicted at
+2048 rows: 88064 steps x 568 cycles on 132 SMs, 216 us if the overlap is perfect and 410 us without any, beside 284 us
+of plain projection: 1.8x to 2.4x.
+
+Measured: not yet on a device.
+"""
+
+from itertools import product
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import AotCase, guard, interpreted
+from .row_sums import finish_norms, sum_splits
+from .tile import EXPECT_OF, TARGETS_OF, Tile, family, kinds_of
+
+# Weights a step of the popcount table.
+BLOCK = 64
+FEW_ROWS, SOME_ROWS = 16, 64
+PROGRAMS = 512
+# (up to FEW_ROWS, up to SOME_ROWS, more)
+TILES = {
+    "wgmma": (Tile(16, 64, 64, 8, 4), Tile(64, 64, 64, 8, 4), Tile(256, 64, 64, 8, 3, 128)),
+    "mma": (Tile(16, 64, 64, 8, 4), Tile(64, 64, 64, 8, 4), Tile(128, 64, 64, 8, 3)),
+    "amd": (Tile(16, 64, 64, 8, 2), Tile(64, 64, 64, 8, 2), Tile(128, 64, 64, 8, 2)),
+    "fp32": (Tile(16, 64, 16, 4, 3), Tile(64, 64, 16, 4, 3), Tile(64, 64, 16, 4, 3)),
+}
+POPCOUNT_WORDS, POPCOUNT_WARPS = 512, 4
+
+
+@triton.jit
+def popcount(b_word):
+    """Number of set bits of each uint32; compilers know this form and emit one instruction for it."""
+    b_word = b_word - ((b_word >> 1) & 0x55555555)
+    b_word = (b_word & 0x33333333) + ((b_word >> 2) & 0x33333333)
+    b_word = (b_word + (b_word >> 4)) & 0x0F0F0F0F
+    return ((b_word * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def popcount_fwd_kernel(p_bits, p_table, p_totals, W, blocks, WORDS: tl.constexpr):
+    """table [rows, blocks]: set bits of a row before each block of two words; totals [rows]: all of them."""
+    row = tl.program_id(0).to(tl.int64)
+    before = 0
+    for first in range(0, W, WORDS):
+        o_block = first // 2 + tl.arange(0, WORDS // 2)
+        o_word = first + tl.arange(0, WORDS)
+        b_word = tl.load(p_bits + row * W + o_word, mask=o_word < W, other=0).to(tl.uint32, bitcast=True)
+        b_count = tl.sum(tl.reshape(popcount(b_word), [WORDS // 2, 2]), 1)
+        b_before = before + tl.cumsum(b_count, 0) - b_count
+        tl.store(p_table + row * blocks + o_block, b_before, mask=o_block < blocks)
+        before += tl.sum(b_count, 0)
+    tl.store(p_totals + row, before)
+
+
+@triton.jit
+def _load_words(p_bits, p_table, row, m_row, k, o_oct, W, blocks, BK: tl.constexpr):
+    """For weights k + 8 o_oct + {0..7} of every row: their bits, lowest first, and the place of the first."""
+    o_word = k // 32 + o_oct // 4
+    second = o_oct >= 4 if BK == 64 else o_word % 2 == 1
+    shift = ((o_oct * 8) % 32 if BK >= 32 else k % 32 + o_oct * 8).to(tl.uint32)
+    # Sums in brackets stay 32-bit: pointers that the compiler keeps from step to step take two registers each.
+    p_word, m_word = p_bits + (row * W + o_word), m_row & (o_word < W)
+    b_word = tl.load(p_word, mask=m_word, other=0).to(tl.uint32, bitcast=True)
+    b_first = tl.load(p_word - 1, mask=m_word & second, other=0).to(tl.uint32, bitcast=True)
+    b_place = tl.load(p_table + (row * blocks + k // 64), mask=m_word, other=0)
+    below = (tl.full([1, 1], 1, tl.uint32) << shift) - 1
+    return b_word >> shift, b_place + popcount(b_first) + popcount(b_word & below)
+
+
+@triton.jit
+def _next(p_values, b_bits, b_place):
+    """Value of the lowest bit, and the rest."""
+    b_value = tl.load(p_values + b_place, mask=(b_bits & 1) != 0, other=0.0)
+    return b_value, b_bits >> 1, b_place + (b_bits & 1).to(tl.int32)
+
+
+@triton.jit
+def _load_values(p_values, b_bits, b_place, BO: tl.constexpr, BK: tl.constexpr):
+    """D's block [BO, BK] from the bits and places [BO, BK / 8] of its octets."""
+    b_v0, b_bits, b_place = _next(p_values, b_bits, b_place)
+    b_v1, b_bits, b_place = _next(p_values, b_bits, b_place)
+    b_v2, b_bits, b_place = _next(p_values, b_bits, b_place)
+    b_v3, b_bits, b_place = _next(p_values, b_bits, b_place)
+    b_v4, b_bits, b_place = _next(p_values, b_bits, b_place)
+    b_v5, b_bits, b_place = _next(p_values, b_bits, b_place)
+    b_v6, b_bits, b_place = _next(p_values, b_bits, b_place)
+    b_v7, b_bits, b_place = _next(p_values, b_bits, b_place)
+    b_even = tl.join(tl.join(b_v0, b_v4), tl.join(b_v2, b_v6))
+    b_odd = tl.join(tl.join(b_v1, b_v5), tl.join(b_v3, b_v7))
+    return tl.reshape(tl.join(b_even, b_odd), [BO, BK])
+
+
+@triton.jit
+def element_fwd_kernel(
+    p_a, p_values, p_bits, p_table, p_bounds, p_parts, p_side, p_squares,
+    N, O, F, W, blocks, s_an, splits, chunk,
+    SPLIT: tl.constexpr, RESPONSE: tl.constexpr, UPCAST: tl.constexpr,
+    BN: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Program: BN rows and BO outputs of one memory. SPLIT: over one of `splits` chunks of F, into parts [J splits, N,
+    O]; bound by the bytes of values and bits. Else over F, into the response and sums of squares [J, tiles of O, N];
+    bound by the matrix units, and by the issue slots of the expansion."""
+    tiles_n, tiles_o = tl.cdiv(N, BN), tl.cdiv(O, BO)
+    # Programs of one block of outputs side by side: they read the same values and bits.
+    tile_n, tile_o = tl.program_id(0) % tiles_n, tl.program_id(0) // tiles_n % tiles_o
+    part = tl.program_id(0) // (tiles_n * tiles_o)
+    j = part // splits
+    first = part % splits * chunk
+    last = min(first + chunk, F)
+    o_o, o_n, o_k = tile_o * BO + tl.arange(0, BO), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
+    o_oct, m_row = tl.arange(0, BK // 8)[None, :], (o_o < O)[:, None]
+    # Offsets inside a tile fit 32 bits, and take half of the registers; its first row is reached by 64.
+    row, first_row = tl.arange(0, BO)[:, None], j.to(tl.int64) * O + tile_o * BO
+    p_bits += first_row * W
+    p_table += first_row * blocks
+    p_values += tl.load(p_bounds + j)
+    p_a += (tile_n * BN).to(tl.int64) * s_an
+    o_a = tl.minimum(tl.arange(0, BN), N - 1 - tile_n * BN)[:, None] * s_an + o_k[None, :]
+    b_acc = tl.zeros([BN, BO], dtype=tl.float32)
+    b_bits, b_place = _load_words(p_bits, p_table, row, m_row, first, o_oct, W, blocks, BK)
+    b_d = _load_values(p_values, b_bits, b_place, BO, BK)
+    b_bits, b_place = _load_words(p_bits, p_table, row, m_row, first + BK, o_oct, W, blocks, BK)
+    for k in range(first, last, BK):
+        b_a = tl.load(p_a + (o_a + k), mask=(k + o_k < F)[None, :], other=0.0)
+        b_next = _load_values(p_values, b_bits, b_place, BO, BK)
+        b_bits, b_place = _load_words(p_bits, p_table, row, m_row, k + 2 * BK, o_oct, W, blocks, BK)
+        if UPCAST:
+            b_a, b_d = b_a.to(tl.float32), b_d.to(tl.float32)
+        b_acc = tl.dot(b_a, tl.trans(b_d), b_acc, input_precision="ieee")
+        b_d = b_next
+    m_out = (o_n < N)[:, None] & (o_o < O)[None, :]
+    o_out = o_n.to(tl.int64)[:, None] * O + o_o[None, :]
+    if SPLIT:
+        tl.store(p_parts + part.to(tl.int64) * N * O + o_out, b_acc, mask=m_out)
+    else:
+        tl.store(p_squares + (j * tiles_o + tile_o).to(tl.int64) * N + o_n, tl.sum(b_acc * b_acc, 1), mask=o_n < N)
+        if RESPONSE:
+            tl.store(p_side + j.to(tl.int64) * N * O + o_out, b_acc.to(p_side.dtype.element_ty), mask=m_out)
+
+
+def popcount_table(bits: Tensor) -> Tensor:
+    """popcounts [J, O, ceil(F/64)] int32: set bits of a memory, row-major, before each block of 64 weights of a row.
+
+    Derived from bits [J, O, ceil(F/32)] alone: compute it once a bank. Three launches, no sync.
+    """
+    memories, outputs, width = bits.shape
+    bits = bits.contiguous()
+    table = torch.empty(memories, outputs, triton.cdiv(width, 2), dtype=torch.int32, device=bits.device)
+    totals = torch.empty(memories, outputs, dtype=torch.int32, device=bits.device)
+    if bits.numel():
+        with guard(bits):
+            popcount_fwd_kernel[(memories * outputs,)](
+                bits, table, totals, width, table.shape[2], WORDS=POPCOUNT_WORDS, num_warps=POPCOUNT_WARPS
+            )
+        table += (totals.cumsum(1, dtype=torch.int32) - totals)[:, :, None]
+    return table
+
+
+def element_forward(
+    a: Tensor, values: Tensor, bits: Tensor, bounds: Tensor, response: bool = True, popcounts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """side [J, N, O] ([J, 0, O] without `response`) and norms [J, N] fp32 of a bank in the element layout.
+
+    Shapes and dtypes as in `wise_kernels.side_forward_element`; `popcounts` is popcount_table(bits), made here if not
+    given. `a` is copied unless its rows are contiguous; a memory has fewer than 2^31 weights. Two launches, no sync.
+    """
+    (rows, width), (memories, outputs, words) = a.shape, bits.shape
+    side = torch.empty(memories, rows if response else 0, outputs, dtype=a.dtype, device=a.device)
+    norms = torch.empty(memories, rows, dtype=torch.float32, device=a.device)
+    if not (rows and outputs and memories):
+        return side, norms
+    a = a if a.stride(1) == 1 else a.contiguous()
+    values, bits = values.contiguous(), bits.contiguous()
+    popcounts = popcount_table(bits) if popcounts is None else popcounts
+    split = rows <= SOME_ROWS
+    tile = TILES[family(a)][(rows > FEW_ROWS) + (rows > SOME_ROWS)]
+    tiles_n, tiles_o = triton.cdiv(rows, tile.rows), triton.cdiv(outputs, tile.outputs)
+    splits = 1
+    if split:
+        splits = max(1, min(triton.cdiv(PROGRAMS, memories * tiles_o), width // (4 * tile.depth)))
+    shape = (memories, splits, rows, outputs) if split else (memories, tiles_o, rows)
+    sums = torch.empty(shape, dtype=torch.float32, device=a.device)
+    with guard(a):
+        element_fwd_kernel[(memories * splits * tiles_n * tiles_o,)](
+            a, values, bits, popcounts, bounds, sums, side, sums,
+            rows, outputs, width, words, popcounts.shape[2], a.stride(0), splits,
+            triton.cdiv(triton.cdiv(width, splits), tile.depth) * tile.depth,
+            SPLIT=split, RESPONSE=response, UPCAST=interpreted(), **tile.blocks, **tile.options,
+        )  # fmt: skip
+        if split:
+            sum_splits(sums, None, None, side, norms, None)
+        else:
+            finish_norms(sums, norms)
+    return side, norms
+
+
+def aot_cases() -> list[AotCase]:
+    """Every configuration that is launched."""
+    types = {"p_bits": "*i32", "p_table": "*i32", "p_totals": "*i32"}
+    signature = types | {"W": "i32", "blocks": "i32", "WORDS": "constexpr"}
+    meta = {"WORDS": POPCOUNT_WORDS}
+    cases = [AotCase("popcount", popcount_fwd_kernel, signature, meta, POPCOUNT_WARPS, divisible=tuple(types))]
+    for table, tiles in TILES.items():
+        for kind, (i, tile) in product(kinds_of(table), enumerate(tiles)):
+            types = dict.fromkeys(("p_a", "p_values", "p_side"), f"*{kind}")
+            types |= {"p_bits": "*i32", "p_table": "*i32", "p_bounds": "*i64", "p_parts": "*fp32", "p_squares": "*fp32"}
+            sizes = dict.fromkeys(("N", "O", "F", "W", "blocks", "s_an", "splits", "chunk"), "i32")
+            meta = {"SPLIT": i < 2, "RESPONSE": True, "UPCAST": False} | tile.blocks
+            cases.append(
+                AotCase(
+                    f"element/{table}/{'split' if i < 2 else 'tiles'}/{tile.rows}/{kind}", element_fwd_kernel,
+                    types | sizes | dict.fromkeys(meta, "constexpr"), meta,
+                    # 16 rows are fewer than wgmma's 64.
+                    expect=EXPECT_OF[table] if tile.rows > FEW_ROWS or table == "fp32" else "mma",
+                    divisible=(*types, "O", "F", "s_an", "chunk"), targets=TARGETS_OF[table], **tile.options,
+                )
+            )  # fmt: skip
+    return cases
