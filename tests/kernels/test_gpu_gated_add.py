@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kernel_banks import WIDTH, element_bank, neuron_bank, normal
 from tolerances import DTYPES, assert_within
 
-from wise_kernels import reference
+from wise_kernels import popcount_table, reference
 
 gpu = pytest.importorskip("wise_kernels.gpu.gated_add")
 element = pytest.importorskip("wise_kernels.gpu.gated_add_element")
@@ -135,6 +135,9 @@ def test_element_layout_with_rows_of_many_words(poisoned, monkeypatch, tokens):
     element.gated_add_element(got, *(t.to(DEVICE) for t in (a, *bank, choice)))
     expected = reference.gated_add(y, a, reference.dense_element(*bank, 333), choice)
     assert_within(got.cpu(), expected, expected, torch.float32)
+    counted = y.to(DEVICE, copy=True)
+    element.gated_add_element(counted, *(t.to(DEVICE) for t in (a, *bank, choice, popcount_table(bank[1]))))
+    assert torch.equal(counted, got)
 
 
 @pytest.mark.parametrize("tokens", [4, 40])

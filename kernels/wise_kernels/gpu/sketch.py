@@ -22,7 +22,7 @@ from .route import best_of, choose, config, score
 
 # BLOCK_N, BLOCK_O, BLOCK_K, num_warps, num_stages
 FEW, MANY = (16, 32, 128, 4, 4), (64, 128, 64, 8, 3)
-FEW_FP32, MANY_FP32 = (16, 32, 32, 4, 4), (64, 64, 16, 8, 3)
+FEW_FP32, MANY_FP32 = (16, 32, 32, 4, 4), (32, 32, 32, 4, 3)
 BLOCK_J, SETTLE_T = 32, 256
 
 
