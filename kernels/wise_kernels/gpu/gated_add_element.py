@@ -26,7 +26,7 @@ from .tile import EXPECT_OF, TARGETS_OF, Tile, family, kinds_of
 FEW_ROWS, SOME_ROWS = 16, 64
 # (up to FEW_ROWS, up to SOME_ROWS, more)
 TILES = {
-    "wgmma": (Tile(16, 64, 64, 8, 4), Tile(64, 64, 64, 8, 3), Tile(256, 64, 64, 8, 3)),
+    "wgmma": (Tile(16, 64, 64, 8, 4, 128), Tile(64, 64, 64, 8, 3), Tile(256, 64, 64, 8, 3)),
     "mma": (Tile(16, 64, 64, 8, 4), Tile(64, 64, 64, 8, 3), Tile(128, 64, 64, 8, 3)),
     "amd": (Tile(16, 64, 64, 8, 2), Tile(64, 64, 64, 8, 2), Tile(128, 64, 64, 8, 2)),
     "fp32": (Tile(16, 64, 16, 4, 3), Tile(32, 32, 16, 4, 3), Tile(32, 32, 16, 4, 3)),
