@@ -7,7 +7,14 @@ from kernel_banks import ELEMENT_DENSITIES, NEURON_SIZES, OUTPUTS, WIDTH, elemen
 from tolerances import DTYPES, assert_within
 from torch.library import opcheck
 
-from wise_kernels import dual_forward, dual_forward_element, reference, side_forward, side_forward_element
+from wise_kernels import (
+    dual_forward,
+    dual_forward_element,
+    popcount_table,
+    reference,
+    side_forward,
+    side_forward_element,
+)
 
 LAYOUTS = {
     "neuron": (dual_forward, side_forward, neuron_bank, reference.dense_neuron),
@@ -118,6 +125,21 @@ def test_double_precision(layout, sizes):
     assert y.dtype == side.dtype == torch.float64 and norms.dtype == torch.float32
     expected = torch.stack([a @ d.double().t() for d in dense_of(*bank, WIDTH)])
     torch.testing.assert_close(side, expected, rtol=1e-5, atol=1e-5)  # the definition rounds D to fp32
+
+
+def test_options_for_devices_change_nothing_on_cpu():
+    a, weight = normal(4, WIDTH).requires_grad_(), normal(OUTPUTS, WIDTH, seed=5)
+    bank = neuron_bank((5, 3))
+    for one, two in zip(dual_forward(a, weight, None, *bank), dual_forward(a, weight, None, *bank, exact_main=False)):
+        assert torch.equal(one, two)
+    torch.autograd.grad(dual_forward(a, weight, None, *bank, exact_main=False)[2].sum(), a)
+    bank = element_bank((0.5, 0.2))
+    table = popcount_table(bank[1])
+    assert table.shape == (2, OUTPUTS, 1) and int(table[1, 0, 0]) == 0
+    for op, given in ((dual_forward_element, (a, weight, None, *bank)), (side_forward_element, (a, *bank))):
+        for one, two in zip(op(*given), op(*given, popcounts=table), strict=True):
+            assert torch.equal(one, two)
+        torch.autograd.grad(op(*given, popcounts=table)[-1].sum(), a)
 
 
 def test_autocast_gives_the_dtype_that_linear_gives():

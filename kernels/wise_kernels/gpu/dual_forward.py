@@ -82,7 +82,7 @@ def _side_part(
     return b_acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "y_splits", "side_splits"])
 def split_fwd_kernel(
     p_a, p_weight, p_values, p_columns, p_bounds, p_y_parts, p_side_parts,
     N, O, F, s_an, s_af, s_wo, s_wf, y_splits, y_chunk, side_splits,

@@ -34,7 +34,7 @@ FEW_ROWS, SOME_ROWS = 16, 64
 PROGRAMS = 512
 # (up to FEW_ROWS, up to SOME_ROWS, more)
 TILES = {
-    "wgmma": (Tile(16, 64, 64, 8, 4), Tile(64, 64, 64, 8, 4), Tile(256, 64, 64, 8, 3, 128)),
+    "wgmma": (Tile(16, 64, 64, 8, 4, 80), Tile(64, 64, 64, 8, 4, 80), Tile(256, 64, 64, 8, 3, 128)),
     "mma": (Tile(16, 64, 64, 8, 4), Tile(64, 64, 64, 8, 4), Tile(128, 64, 64, 8, 3)),
     "amd": (Tile(16, 64, 64, 8, 2), Tile(64, 64, 64, 8, 2), Tile(128, 64, 64, 8, 2)),
     "fp32": (Tile(16, 64, 16, 4, 3), Tile(64, 64, 16, 4, 3), Tile(64, 64, 16, 4, 3)),
@@ -105,7 +105,7 @@ def _load_values(p_values, b_bits, b_place, BO: tl.constexpr, BK: tl.constexpr):
     return tl.reshape(tl.join(b_even, b_odd), [BO, BK])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "splits"])
 def element_fwd_kernel(
     p_a, p_values, p_bits, p_table, p_bounds, p_parts, p_side, p_squares,
     N, O, F, W, blocks, s_an, splits, chunk,

@@ -1,9 +1,9 @@
 """Neuron layout, many rows (N > 64): bound by the matrix units, 2 N O (R + F if fused) operations.
 
 Single columns of `a` in a matmul's main loop would be 2-byte loads that keep the matrix units waiting, so `compact`
-first copies a_S = a[:, columns] of all memories to [N, P]: `a` comes from memory once, in the order of its rows, and
-memory j begins at a multiple of 64, start_j = 64 (bounds[j] // 64 + j), with zeros behind its last column (a closed
-form: no scan over the memories). Then one grouped launch: tiles of y (depth F) first, as the heaviest, then
+first copies a_S = a[:, columns] of all memories to [N, P], N R elements: `a` comes from memory once, in the order of
+its rows, and memory j begins at a multiple of 64, start_j = 64 (bounds[j] // 64 + j), with zeros behind its last column
+(a closed form: no scan over the memories). Then one grouped launch: tiles of y (depth F) first, as the heaviest, then
 tiles of every memory (depth |S_j|), a few rows of tiles at a time so that they share both operands in the L2 cache.
 Its epilogue leaves sums of squares by row and tile of outputs, which `finish_norms` adds in order. Without `response`
 nothing else is written. Predicted for 2048 rows of Llama-2-7B (4096 x 11008, rho 0.2, one memory, bf16) on an H100:
@@ -45,7 +45,7 @@ def many_rows_tile(a: Tensor, outputs: int, products: int) -> Tile:
     return tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "memories"])
 def compact_fwd_kernel(
     p_a, p_columns, p_bounds, p_packed, N, memories, s_an, s_af, s_packed,
     BN: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr,
@@ -68,7 +68,7 @@ def compact_fwd_kernel(
     tl.store(p_packed + o_n * s_packed + chunk * BK + o_k[None, :], b_a, mask=o_n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def tiles_fwd_kernel(
     p_a, p_weight, p_bias, p_packed, p_values, p_bounds, p_y, p_side, p_squares,
     N, O, F, s_an, s_af, s_wo, s_wf, s_packed,

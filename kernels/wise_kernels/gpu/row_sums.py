@@ -2,6 +2,8 @@
 gives the same bits every time. `sum_splits` adds the split-K parts of y and of the side responses and takes their row
 norms; `finish_norms` turns the sums of squares by tile of outputs into norms. Both are bound by launch latency: their
 inputs are in the L2 cache, where the launch before has just put them.
+
+Rows, memories and splits are not specialised on, here and in the forwards: a new length or bank compiles nothing.
 """
 
 import triton
@@ -23,7 +25,7 @@ def _sum_parts(p_parts, first, splits, n, N, O, o_o, BLOCK: tl.constexpr):
     return b_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "memories", "side_splits", "y_splits"])
 def sum_splits_kernel(
     p_side_parts, p_y_parts, p_bias, p_side, p_norms, p_y, N, O, memories, side_splits, y_splits,
     RESPONSE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
@@ -49,7 +51,7 @@ def sum_splits_kernel(
         tl.store(p_y + n.to(tl.int64) * O + o_o, b_y.to(p_y.dtype.element_ty), mask=o_o < O)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "tiles"])
 def finish_norms_kernel(p_squares, p_norms, N, tiles, BLOCK: tl.constexpr):
     """norms [J, N] = sqrt of the sum over tiles of squares [J, tiles, N]; program (block of rows, memory)."""
     o_n, j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
