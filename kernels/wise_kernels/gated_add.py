@@ -59,7 +59,14 @@ def _gated_add_(
 
 @torch.library.custom_op("wise::gated_add_element_", mutates_args=("y",))
 def _gated_add_element_(
-    y: Tensor, a: Tensor, values: Tensor, bits: Tensor, bounds: Tensor, choice: Tensor, side: Tensor | None
+    y: Tensor,
+    a: Tensor,
+    values: Tensor,
+    bits: Tensor,
+    bounds: Tensor,
+    choice: Tensor,
+    side: Tensor | None,
+    popcounts: Tensor | None = None,
 ) -> None:
     if y.device.type != "cpu":
         return _add_chosen(y, choice, element_side(a, values, bits, bounds, True)[0] if side is None else side)
@@ -86,19 +93,19 @@ def _(y, a, values, columns, bounds, choice, side):
 
 
 @_gated_add_element_.register_kernel("cuda")
-def _(y, a, values, bits, bounds, choice, side):
+def _(y, a, values, bits, bounds, choice, side, popcounts=None):
     from .gpu import gated_add_element, gated_rows
 
     if y.dtype == torch.float64:
         return _add_chosen(y, choice, element_side(a, values, bits, bounds, True)[0] if side is None else side)
     if side is not None:
         return gated_rows.add_side(y, side, choice)
-    gated_add_element.gated_add_element(y, a, values, bits, bounds, choice)
+    gated_add_element.gated_add_element(y, a, values, bits, bounds, choice, popcounts)
 
 
 @_gated_add_.register_fake
 @_gated_add_element_.register_fake
-def _fake(y, a, values, layout, bounds, choice, side):
+def _fake(y, a, values, layout, bounds, choice, side, popcounts=None):
     return None
 
 
@@ -162,6 +169,7 @@ def gated_add_element_(
     bounds: Tensor,
     choice: Tensor,
     side: Tensor | None = None,
+    popcounts: Tensor | None = None,
 ) -> None:
     """Add the chosen side responses to `y` in place (eq. 6), element layout.
 
@@ -176,6 +184,7 @@ def gated_add_element_(
             of its set bits.
         choice: [B] int64 in {-1, ..., J - 1}, B dividing N; row n belongs to sequence n // (N / B).
         side: [J, N, O] responses in the dtype of `y` if they are known already, else None.
+        popcounts: popcount_table(bits), to spare a device counting the chosen memories in every call; not used on CPU.
 
     Raises ValueError for shapes, dtypes or devices other than these, and on CPU for a choice that is not in the bank
     or bounds that do not cover `values`.
@@ -183,5 +192,5 @@ def gated_add_element_(
     a, values, side = autocast(a, values, side)
     _check_gate(y, a, bits.shape[1], check_element(a, values, bits, bounds), choice, side)
     if not _differentiable(y, a, values, side):
-        return _gated_add_element_(y, a, values, bits, bounds, choice, side)
+        return _gated_add_element_(y, a, values, bits, bounds, choice, side, popcounts)
     _add_chosen(y, choice, side_forward_element(a, values, bits, bounds)[0] if side is None else side)

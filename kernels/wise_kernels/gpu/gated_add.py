@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gated_rows import ordered, rows_of
+from .gated_rows import active_at, columns_at, ordered, rows_of
 from .launch import SIZES, AotCase, guard, interpreted
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -24,7 +24,7 @@ FEW, FEW_FP32 = (16, 32, 128, 4, 4), (16, 32, 32, 4, 4)
 TILES = ((128, 128, 64, 8, 4), (64, 64, 64, 4, 4), (64, 32, 64, 4, 4))
 # 64 KB of local memory on AMD.
 TILES_AMD = ((128, 128, 64, 8, 2), (64, 32, 64, 4, 2))
-TILE_FP32 = (64, 64, 16, 4, 3)
+TILE_FP32 = (64, 32, 32, 4, 3)
 PACK_N, PACK_K = 32, 64
 GROUP = 8
 ENOUGH = 120
@@ -41,18 +41,21 @@ def few_fwd_kernel(
     b_n, b_j = rows_of(p_choice, p_choice, o_p, rows, tokens, memories, False)
     o_o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O).to(tl.int64)
     m_o = o_o < outputs
+    p_rows = p_a + (b_n * s_an)[:, None]
     b_left = b_j
     j = tl.max(b_left, 0)
     while j >= 0:
         b_mine = b_j == j
         low, high = tl.load(p_bounds + j), tl.load(p_bounds + j + 1)
         b_acc = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
+        o_k = low + tl.arange(0, BLOCK_K)
+        b_next = active_at(p_rows, columns_at(p_columns, o_k, high), b_mine, o_k, high, s_af)
+        b_column = columns_at(p_columns, o_k + BLOCK_K, high)
         for k in range(low, high, BLOCK_K):
             o_k = k + tl.arange(0, BLOCK_K)
-            m_k = o_k < high
-            b_column = tl.load(p_columns + o_k, mask=m_k, other=0)
-            p_tile = p_a + (b_n * s_an)[:, None] + (b_column * s_af)[None, :]
-            b_a = tl.load(p_tile, mask=b_mine[:, None] & m_k[None, :], other=0.0)
+            m_k, b_a = o_k < high, b_next
+            b_next = active_at(p_rows, b_column, b_mine, o_k + BLOCK_K, high, s_af)
+            b_column = columns_at(p_columns, o_k + 2 * BLOCK_K, high)
             p_tile = p_values + (o_k * s_vr)[:, None] + (o_o * s_vo)[None, :]
             b_v = tl.load(p_tile, mask=m_k[:, None] & m_o[None, :], other=0.0)
             if UPCAST:

@@ -14,6 +14,19 @@ SIDE_N, SIDE_O = 4, 1024
 
 
 @triton.jit
+def columns_at(p_columns, o_k, high):
+    """Columns o_k of a memory that ends at `high`."""
+    return tl.load(p_columns + o_k, mask=o_k < high, other=0)
+
+
+@triton.jit
+def active_at(p_rows, b_column, m_n, o_k, high, s_af):
+    """a[rows, columns] as [BLOCK_N, BLOCK_K]: single elements, which no asynchronous copy can take. So a loop asks for
+    them one step before it needs them, and for their columns one step before that."""
+    return tl.load(p_rows + (b_column * s_af)[None, :], mask=m_n[:, None] & (o_k < high)[None, :], other=0.0)
+
+
+@triton.jit
 def rows_of(p_choice, p_order, o_p, rows, tokens, memories, ORDER: tl.constexpr):
     """Row and chosen memory (-1: none) at positions o_p; position p is token p % T of the (p // T)-th sequence."""
     m_p = o_p < rows

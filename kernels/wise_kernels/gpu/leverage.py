@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .gated_rows import active_at, columns_at
 from .launch import SIZES, AotCase, guard
 
 # BLOCK_N, BLOCK_K, BLOCK_R, num_warps, num_stages
@@ -43,12 +44,14 @@ def thin_fwd_kernel(
     low, high = tl.load(p_bounds + j), tl.load(p_bounds + j + 1)
     b_y = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     b_total = tl.zeros([BLOCK_N], tl.float32)
+    p_rows, o_k = p_a + (o_n * s_an)[:, None], low + tl.arange(0, BLOCK_K)
+    b_next = active_at(p_rows, columns_at(p_columns, o_k, high), m_n, o_k, high, s_af)
+    b_column = columns_at(p_columns, o_k + BLOCK_K, high)
     for k in range(low, high, BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)
-        m_k = o_k < high
-        b_column = tl.load(p_columns + o_k, mask=m_k, other=0)
-        p_tile = p_a + (o_n * s_an)[:, None] + (b_column * s_af)[None, :]
-        b_a = tl.load(p_tile, mask=m_n[:, None] & m_k[None, :], other=0.0).to(tl.float32)
+        m_k, b_a = o_k < high, b_next.to(tl.float32)
+        b_next = active_at(p_rows, b_column, m_n, o_k + BLOCK_K, high, s_af)
+        b_column = columns_at(p_columns, o_k + 2 * BLOCK_K, high)
         p_tile = p_factors + (o_k * s_fk)[:, None] + (o_r * s_fr)[None, :]
         b_u = tl.load(p_tile, mask=m_k[:, None] & m_r[None, :], other=0.0).to(tl.float32)
         b_y = tl.dot(b_a, b_u, b_y, input_precision=PRECISION)

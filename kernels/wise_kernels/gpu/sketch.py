@@ -15,13 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .gated_add import POINTERS
+from .gated_rows import active_at, columns_at
 from .launch import SIZES, AotCase, guard, interpreted
 from .leverage import thin_norms
 from .route import best_of, choose, config, score
 
 # BLOCK_N, BLOCK_O, BLOCK_K, num_warps, num_stages
 FEW, MANY = (16, 32, 128, 4, 4), (64, 128, 64, 8, 3)
-FEW_FP32, MANY_FP32 = (16, 32, 32, 4, 4), (64, 64, 16, 4, 3)
+FEW_FP32, MANY_FP32 = (16, 32, 32, 4, 4), (32, 32, 32, 4, 3)
 BLOCK_J, SETTLE_T = 32, 256
 
 
@@ -79,6 +80,7 @@ def exact_fwd_kernel(
     o_n = o_p.to(tl.int64)
     o_o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O).to(tl.int64)
     m_o = o_o < outputs
+    p_rows = p_a + (o_n * s_an)[:, None]
     p_row = p_states + (o_p // tokens).to(tl.int64) * memories
     for start in range(0, memories, BLOCK_J):
         o_j = start + tl.arange(0, BLOCK_J)
@@ -90,12 +92,14 @@ def exact_fwd_kernel(
             m_n = tl.load(p_row + j, mask=o_n < rows, other=0) == 1
             low, high = tl.load(p_bounds + j), tl.load(p_bounds + j + 1)
             b_acc = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
+            o_k = low + tl.arange(0, BLOCK_K)
+            b_next = active_at(p_rows, columns_at(p_columns, o_k, high), m_n, o_k, high, s_af)
+            b_column = columns_at(p_columns, o_k + BLOCK_K, high)
             for k in range(low, high, BLOCK_K):
                 o_k = k + tl.arange(0, BLOCK_K)
-                m_k = o_k < high
-                b_column = tl.load(p_columns + o_k, mask=m_k, other=0)
-                p_tile = p_a + (o_n * s_an)[:, None] + (b_column * s_af)[None, :]
-                b_a = tl.load(p_tile, mask=m_n[:, None] & m_k[None, :], other=0.0)
+                m_k, b_a = o_k < high, b_next
+                b_next = active_at(p_rows, b_column, m_n, o_k + BLOCK_K, high, s_af)
+                b_column = columns_at(p_columns, o_k + 2 * BLOCK_K, high)
                 p_tile = p_values + (o_k * s_vr)[:, None] + (o_o * s_vo)[None, :]
                 b_v = tl.load(p_tile, mask=m_k[:, None] & m_o[None, :], other=0.0)
                 if UPCAST:
