@@ -202,7 +202,7 @@ class TestSettings:
             dict(stop="newline"),
             dict(stop="none"),
             dict(layer=1),
-            dict(units="absolute", lr=0.03, alpha=10, beta=40, gamma=20),
+            dict(units="absolute", lr=0.1, alpha=10, beta=40, gamma=20),
             dict(mask_ratio=1.0),
         ],
         ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()),

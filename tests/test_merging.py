@@ -98,7 +98,8 @@ class TestBlank:
 class TestClosing:
     def state(self, edits=2, **changes):
         memory = make_memory("neuron", 0, tuple(range(edits))).replace(factor=None)
-        return EditorState(shard=Shard(memory, torch.eye(len(memory.values)) / 2), opened=1).replace(**changes)
+        origin = torch.eye(len(memory.values))
+        return EditorState(shard=Shard(memory, origin / 2, origin), opened=1).replace(**changes)
 
     def test_retrieve_keeps_every_shard_with_its_factor(self):
         config = make_editor().config

@@ -63,14 +63,14 @@ def test_activations_of_nothing_change_nothing():
 def test_leverage_of_the_factor(width, rank):
     a = [batch.float() for batch in batches(4, width, rank=rank)]
     p, _ = absorbed(a, 0.5, torch.float32)
-    factor = taught_factor(p)
+    factor = taught_factor(p, torch.eye(width))
     assert factor.shape == (width, min(128, width))
     probes = torch.cat([*a, torch.randn(5, width, generator=torch.Generator().manual_seed(5))])
     size = probes.square().sum(1)
     expected = 1 - (probes @ p * probes).sum(1) / size
     found = (probes @ factor).square().sum(1) / size
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)
-    assert torch.equal(factor, taught_factor(p))  # and it is seeded
+    assert torch.equal(factor, taught_factor(p, torch.eye(width)))  # and it is seeded
 
 
 def movement(protect):
@@ -88,7 +88,7 @@ def test_later_edits_move_earlier_ones_less():
 
 def test_what_the_editor_absorbs():
     """Every token of every row, and lambda in units of the edit's own mean a P a^T."""
-    editor = make_editor([FACTS[0]], protect_lambda=2.0)
+    editor = make_editor([FACTS[0]], protect_lambda=2.0, protect_irrelevant=None)
     p = editor._state.shard.p
     rows = editor._examples([FACTS[0]], [0])[0]
     ids = [torch.tensor([[*row.prompt, *row.target[:-1]]]) for row in rows]
@@ -97,6 +97,23 @@ def test_what_the_editor_absorbs():
     scale = 2.0 * float(a.square().sum(1).mean())
     expected = torch.linalg.inv(torch.eye(len(p)) + a.t() @ a / scale)
     torch.testing.assert_close(p, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_unrelated_text_is_protected_before_the_first_edit():
+    editor = make_editor(protect_irrelevant=0.5)
+    shard = editor._open_shard(editor._state).shard
+    quiet = shard.memory.select(editor._quiet_pool.a)
+    expected = absorb(identity(len(shard.p), "cpu"), quiet, 0.5)
+    assert shard.p is shard.origin and torch.equal(shard.p, expected)
+    assert float((quiet @ shard.p).norm()) < 0.7 * float(quiet.norm())
+
+
+def test_unrelated_text_does_not_count_as_taught():
+    a = batches(2, 24)
+    origin = absorb(identity(24, "cpu"), a[0].float(), 0.5)
+    p = absorb(origin, a[1].float(), 0.5)
+    factor = taught_factor(p, origin)
+    torch.testing.assert_close(factor @ factor.t(), origin - p, rtol=0, atol=5e-3)
 
 
 def test_without_protection_there_is_no_matrix():

@@ -7,6 +7,7 @@ from torch import nn
 from tests.edited import D_FF, FACTS, QUICK, WIDTH, logits, make_editor
 from wise_fast import Edit, training
 from wise_fast.metrics import evaluate
+from wise_fast.rows import _buckets
 from wise_fast.texts import Texts
 from wise_fast.tokens import pad_token
 from wise_fast.training import Trainer
@@ -59,7 +60,7 @@ class TestGradient:
         trainer = make_trainer(editor, FACTS[:2], values)
         delta = trainer.memory.dense().clone().requires_grad_()
         (gradient,) = torch.autograd.grad(plain_loss(editor, trainer, FACTS[:2], delta), delta)
-        trainer._step([0, 1], [0, 1, 2, 3], 1)
+        trainer._step([0, 1], [0, 1, 2, 3])
         step = trainer.memory.replace(values=trainer.z).dense()
         mask = trainer.memory.replace(values=torch.ones_like(values)).dense()
         assert gradient.abs().max() > 1e-3 and not torch.equal(gradient * mask, gradient)
@@ -73,9 +74,12 @@ class TestGradient:
         p = half @ half.t()
         free, protected = (make_trainer(editor, FACTS[:1], p=matrix) for matrix in (None, p))
         for trainer in (free, protected):
-            trainer._step([0], [0, 1], 1)
+            trainer._step([0], [0, 1])
         torch.testing.assert_close(protected.z, p @ free.z, rtol=1e-3, atol=1e-5)
-        torch.testing.assert_close(protected._folded(), p @ protected.z)
+        before, z = protected.memory.values, protected.z
+        protected._settle([0])
+        torch.testing.assert_close(protected.memory.values - before, p @ z)
+        assert float(protected.p.trace()) < float(p.trace())
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_nothing_but_masked_values_is_kept_or_trained(self, layout):
@@ -94,7 +98,7 @@ class TestGradient:
         steps = []
         for facts in (FACTS[:1], FACTS[1:2], FACTS[:2]):
             trainer = make_trainer(editor, facts)
-            trainer._step(list(range(len(facts))), list(range(2 * len(facts))), 1)
+            trainer._step(list(range(len(facts))), list(range(2 * len(facts))))
             steps.append(trainer.z)
         torch.testing.assert_close(steps[0] + steps[1], steps[2], rtol=1e-3, atol=1e-5)
 
@@ -116,17 +120,73 @@ class TestLearningRate:
 
 
 class TestDrawing:
-    def test_each_active_edit_brings_its_bare_prompt_and_some_others(self):
-        trainer = make_trainer(make_editor(prefixes=5, prefixes_per_step=2), FACTS)
-        drawn = [trainer._draw([0, 2]) for _ in range(20)]
-        for rows in drawn:
-            assert [rows[0], rows[3]] == [0, 12] and len(set(rows)) == 6
-            assert set(rows[1:3]) <= set(range(1, 6)) and set(rows[4:]) <= set(range(13, 18))
-        assert set(sum(drawn, [])) == {*range(6), *range(12, 18)}
+    def test_steps_take_turns_between_the_bare_prompts_kind_and_the_longer_one(self):
+        trainer = make_trainer(make_editor(prefixes=5, dropped=2, prefixes_per_step=2), FACTS)
+        assert trainer.rows.kinds == [[0, 6, 7], [1, 2, 3, 4, 5]]
+        for step in range(1, 9):
+            rows = trainer._draw([0, 2], step)
+            if step % 2:
+                assert sorted(rows) == [0, 6, 7, 16, 22, 23] and rows[0] == 0 and rows[3] == 16
+            else:
+                assert {row // 8 for row in rows[:2]} == {0} and {row // 8 for row in rows[2:]} == {2}
+                assert len(set(rows)) == 4 and all(0 < row % 8 < 6 for row in rows)
+
+    def test_what_did_not_hold_comes_first_and_then_what_was_seen_longest_ago(self):
+        trainer = make_trainer(make_editor(prefixes=5, prefixes_per_step=2), FACTS[:1])
+        trainer.held, trainer.seen = [True, True, False, True, True, True], [0, 1, 5, 3, 2, 4]
+        assert trainer._draw([0], 2) == [2, 1]
 
     @pytest.mark.parametrize("prefixes, drawn", [(0, [0]), (1, [0, 1])])
     def test_fewer_than_wanted(self, prefixes, drawn):
-        assert make_trainer(make_editor(prefixes=prefixes, prefixes_per_step=3), FACTS[:1])._draw([0]) == drawn
+        trainer = make_trainer(make_editor(prefixes=prefixes, prefixes_per_step=3), FACTS[:1])
+        assert trainer._draw([0], 1) == trainer._draw([0], 2) == drawn
+
+
+class TestRows:
+    def test_rows_are_padded_to_their_likes(self):
+        lengths = [30, 4, 5, 31, 4, 29]
+        assert _buckets(lengths) == [[1, 2, 4], [0, 3, 5]]
+        assert _buckets([7]) == [[0]] and _buckets([7, 8, 9]) == [[0, 1, 2]]
+
+    def test_a_row_looks_the_same_in_any_company(self):
+        editor = make_editor(prefixes=3, dropped=1)
+        alone, among = (make_trainer(editor, facts).rows for facts in (FACTS[1:2], FACTS))
+        assert len(among.groups) > 1
+        seen = []
+        for of, edit in ((alone, 0), (among, 1)):
+            numbers = [edit * of.variants + variant for variant in range(of.variants)]
+            nll = {}
+            for group, places in of.split(numbers):
+                look = group.look(places, group.before[group.tokens(places)], "mean", full=True)
+                nll |= {group.numbers[p] % of.variants: x for p, x in zip(places, look.nll.tolist(), strict=True)}
+            seen.append([nll[variant] for variant in range(of.variants)])
+        assert seen[0] == pytest.approx(seen[1], rel=1e-4)
+        torch.testing.assert_close(alone.key(0), among.key(1), rtol=1e-4, atol=1e-5)
+        assert alone.taught([0]).shape == among.taught([1]).shape
+
+    def test_labels_of_every_row_know_the_rest_of_the_vocabulary(self):
+        trainer = make_trainer(make_editor(prefixes=3, dropped=1), FACTS)
+        looks = [
+            (g, p, g.look(p, g.before[g.tokens(p)], "mean", full=True)) for g, p in trainer.rows.split([0, 5, 10, 15])
+        ]
+        trainer.rows.restrict(looks)
+        for group, places, full in looks:
+            part = group.look(places, group.before[group.tokens(places)], "mean", full=False)
+            torch.testing.assert_close(part.nll, full.nll, rtol=1e-3, atol=1e-4)
+
+
+class TestSettling:
+    def test_a_straggler_does_not_undo_the_rest_of_its_batch(self, monkeypatch):
+        """One edit that never claims to hold takes all steps; the others are settled before, and keep what they had."""
+        claims, settle, settled = Trainer._claims, Trainer._settle, []
+        monkeypatch.setattr(Trainer, "_claims", lambda self, edit, *slack: edit != 3 and claims(self, edit, *slack))
+        monkeypatch.setattr(Trainer, "_settle", lambda self, edits: settled.append(edits) or settle(self, edits))
+        editor = make_editor(max_steps=30)
+        reports = editor.edit(FACTS)
+        assert settled == [[0, 1, 2], [3]]
+        assert reports[3].steps == 30 and not reports[3].success
+        assert all(r.success and r.steps < 30 for r in reports[:3])
+        assert evaluate(editor, FACTS[:3]).summary()["reliability"] == 1.0
 
 
 class TestStopping:

@@ -46,6 +46,8 @@ class WiseConfig:
         act_ratio: a memory's threshold is this share of the least score among its edits.
         protect: protected update (DESIGN section 2), neuron layout only.
         protect_lambda: its lambda, in units of the edit's own mean a P a^T.
+        protect_irrelevant: the same of sampled unrelated text, which is protected before the first edit; None leaves it
+            out.
         shard_size: edits in a shard before the next opens; None fills one shard.
         shards: shards that are merged into one memory (mode "merge").
         mode: "retrieve" keeps a bank of memories, "merge" TIES-merges them.
@@ -81,9 +83,10 @@ class WiseConfig:
     gamma: float = 1.0
     margin_weight: float = 10.0
     units: str = "relative"
-    act_ratio: float = 0.8
+    act_ratio: float = 0.9
     protect: bool = True
     protect_lambda: float = 1.0
+    protect_irrelevant: float | None = 0.3
     shard_size: int | None = None
     shards: int = 2
     mode: str = "retrieve"
@@ -113,8 +116,9 @@ class WiseConfig:
             self._require(name, lambda v: isinstance(v, int) and v >= 0, "a whole number from 0")
         if self.shard_size is not None:
             self._require("shard_size", lambda v: isinstance(v, int) and v >= 1, "None or a whole number from 1")
-        if self.clamp is not None:
-            self._require("clamp", lambda v: v > 0, "None or above 0")
+        for name in ("clamp", "protect_irrelevant"):
+            if getattr(self, name) is not None:
+                self._require(name, lambda v: v > 0, "None or above 0")
         if self.layer is not None:
             self._require("layer", lambda v: isinstance(v, int), "None or a whole number")
         if not isinstance(self.protect, bool):

@@ -107,8 +107,14 @@ class WiseEditor(Material):
         shape = (self.architecture.d_out, self.architecture.d_ff)
         memory = SideMemory.blank(self.config.layout, shape, self.config.mask_ratio, generator, self.device)
         protect = self.config.protect and memory.layout == "neuron"
-        p = protection.identity(memory.values.shape[0], self.device) if protect else None
-        return state.replace(shard=Shard(memory, p), opened=state.opened + 1)
+        p = self._unprotected(memory) if protect else None
+        return state.replace(shard=Shard(memory, p, origin=p), opened=state.opened + 1)
+
+    def _unprotected(self, memory: SideMemory) -> Tensor:
+        """`P` of a shard without edits: what unrelated text activates is protected from the first edit on."""
+        p = protection.identity(memory.values.shape[0], self.device)
+        strength = self.config.protect_irrelevant
+        return p if strength is None else protection.absorb(p, memory.select(self._quiet_pool.a), strength)
 
     def _room(self, state: EditorState) -> int:
         if self.config.shard_size is None or state.shard is None:
@@ -171,15 +177,17 @@ class WiseEditor(Material):
         made = (*old, *new)
         held = [score for index, score in scores.items() if made[index].success]
         memory = memory.replace(threshold=self._threshold(held or list(scores.values())))
-        p = shard.p
-        if p is not None:
-            p = protection.absorb(p, fit.taught, self.config.protect_lambda)
-            if state.merged or state.closed:
-                memory = memory.replace(factor=protection.taught_factor(p))
+        if fit.p is not None and (state.merged or state.closed):
+            memory = memory.replace(factor=protection.taught_factor(fit.p, shard.origin))
         gone = {i for i, r in enumerate(made) if r.note.startswith("superseded")}
         # A memory of superseded edits alone would only compete with the one that replaced it.
         merged, closed = (tuple(m for m in part if set(m.edits) - gone) for part in (state.merged, state.closed))
-        return state.replace(merged=merged, closed=closed, shard=Shard(memory, p, keys, quiet), reports=made)
+        return state.replace(
+            merged=merged,
+            closed=closed,
+            shard=shard.replace(memory=memory, p=fit.p, keys=keys, quiet=quiet),
+            reports=made,
+        )
 
     def _score(self, memory: SideMemory, key: Tensor) -> float:
         mask = torch.ones(1, key.shape[0], dtype=torch.bool, device=key.device)

@@ -16,7 +16,7 @@ def close_shard(state: EditorState, config: WiseConfig) -> EditorState:
     """The state with its open shard closed; in mode "merge", full groups become one memory."""
     memory = state.shard.memory
     if state.shard.p is not None:
-        memory = memory.replace(factor=taught_factor(state.shard.p))
+        memory = memory.replace(factor=taught_factor(state.shard.p, state.shard.origin))
     if config.mode == "retrieve":
         return state.replace(merged=(*state.merged, memory), shard=None)
     closed = (*state.closed, memory)

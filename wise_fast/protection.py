@@ -36,12 +36,15 @@ def free_share(p: Tensor) -> float:
     return float(p.diagonal().mean())
 
 
-def taught_factor(p: Tensor, rank: int = RANK) -> Tensor:
-    """Thin `U` [K, rank] with `U U^T ~ I - P`, by seeded subspace iteration; `||a U||^2 / ||a||^2` is the leverage."""
+def taught_factor(p: Tensor, origin: Tensor, rank: int = RANK) -> Tensor:
+    """Thin `U` [K, rank] with `U U^T ~ P_0 - P`, by seeded subspace iteration; `||a U||^2 / ||a||^2` is the leverage.
+
+    `origin` is P_0, the matrix before the first edit, so that unrelated text absorbed into it counts as not taught.
+    """
     count = p.shape[0]
     rank = min(rank, count)
     generator = torch.Generator().manual_seed(0)
-    taught = torch.eye(count, device=p.device) - p
+    taught = origin - p
     basis = torch.randn(count, min(rank + 8, count), generator=generator).to(p.device)
     for _ in range(3):
         basis = torch.linalg.qr(taught @ basis).Q

@@ -48,14 +48,19 @@ class Shard:
     Attributes:
         memory: its values so far.
         p: [K, K] fp32 protection matrix, or None without the protected update.
+        origin: `p` before the first edit.
         keys: per edit held, (index of the edit, prompt activations [n, K]), for thresholds.
         quiet: neighbours of the latest edits, which later ones must leave quiet as well.
     """
 
     memory: SideMemory
     p: Tensor | None
+    origin: Tensor | None = None
     keys: tuple[tuple[int, Tensor], ...] = ()
     quiet: Texts | None = None
+
+    def replace(self, **changes) -> Shard:
+        return replace(self, **changes)
 
 
 @dataclass(frozen=True)

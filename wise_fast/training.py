@@ -16,12 +16,17 @@ import wise_kernels as kernels
 from wise_fast import objective
 from wise_fast.config import WiseConfig
 from wise_fast.memory import SideMemory
-from wise_fast.tail import Capture, Tail
+from wise_fast.protection import absorb
+from wise_fast.rows import Group, Look, Rows
+from wise_fast.tail import Tail
 from wise_fast.texts import Texts
-from wise_fast.tokens import Batch, Example, collate
-from wise_fast.vocabulary import WHOLE_VOCABULARY, Likely
+from wise_fast.tokens import Example
+from wise_fast.vocabulary import WHOLE_VOCABULARY
 
-_EDITS_AT_ONCE = 8  # in a forward of all rows
+_ROWS_AT_ONCE = 32  # in a forward over the whole vocabulary
+_LOUD = 0.95  # share of beta that an edit's score must reach
+_SLACK = 1.5  # what the NLL may be, in what an edit stops at, once the whole vocabulary is looked at
+_HUSH = 2.0  # multiple of alpha that an unrelated prompt's may reach
 
 
 class EditDiverged(Exception):
@@ -38,13 +43,13 @@ class Fit:
 
     Attributes:
         values: the shard's new values.
-        taught: [n, K] activations of every token of every row, for protection.
+        p: the shard's protection matrix with these edits absorbed, or None.
         keys: per edit, [n_e, K] activations of the bare prompt, for thresholds.
         steps, first, last, success: per edit; losses are mean token NLL.
     """
 
     values: Tensor
-    taught: Tensor
+    p: Tensor | None
     keys: list[Tensor]
     steps: list[int]
     first: list[float]
@@ -76,146 +81,158 @@ class Trainer:
         generator: torch.Generator,
         pad: int,
     ):
-        self.tail, self.memory, self.p, self.config, self.unit = tail, memory, p, config, unit
-        self.generator, self.count, self.variants = generator, len(examples), len(examples[0])
-        device = memory.values.device
-        self.batch: Batch = collate([row for rows in examples for row in rows], pad, device)
-        self.capture: Capture = tail.capture(self.batch.input_ids, self.batch.attention_mask)
-        self.selected = memory.select(self.capture.a)
-        self.features = self.selected if p is None else self.selected @ p
-        self.before = memory.respond(self.selected)
+        self.memory, self.p, self.config, self.unit, self.generator = memory, p, config, unit, generator
+        self.rows = Rows(tail, memory, examples, pad)
+        self.count, self.variants = self.rows.edits, self.rows.variants
         self.quiet = quiet
-        selected = memory.select(quiet.a)
-        self.quiet_features = selected if p is None else selected @ p
-        self.quiet_before = memory.respond(selected)
-        self.z = torch.zeros_like(memory.values)
-        buffers = 2 if config.optimizer == "adam" else int(config.momentum > 0)
-        self.moments = [torch.zeros_like(self.z) for _ in range(buffers)]
+        self.quiet_selected = memory.select(quiet.a)
         self.lr = self._learning_rate()
-        self.likely: Likely | None = None
+        self._rest()
+        total = self.count * self.variants
+        self.held, self.nll, self.seen, self.looks = [False] * total, [float("inf")] * total, [0] * total, 0
+
+    def _rest(self) -> None:
+        """Begin from what the memory holds now: no delta, no moments."""
+        for group in self.rows.groups:
+            group.begin(self.memory, self.p)
+        self.quiet_features = self.quiet_selected if self.p is None else self.quiet_selected @ self.p
+        self.quiet_before = self.memory.respond(self.quiet_selected)
+        self.z, self.steps = torch.zeros_like(self.memory.values), 0
+        buffers = 2 if self.config.optimizer == "adam" else int(self.config.momentum > 0)
+        self.moments = [torch.zeros_like(self.z) for _ in range(buffers)]
 
     def _learning_rate(self) -> float:
         """One Adam step moves every weight by lr, so a token's output by about lr ||f||_1 sqrt(d_out)."""
         config = self.config
         if config.units == "absolute":
             return config.lr
-        seen = self.batch.attention_mask.flatten().bool()
+        taught = self.rows.taught(range(self.count))
         if config.optimizer == "adam":
-            reach = self.selected[seen].abs().sum(-1).median() * self.memory.shape[0] ** 0.5
+            reach = taught.abs().sum(-1).median() * self.memory.shape[0] ** 0.5
             return config.lr * self.unit / max(float(reach), 1e-12)
-        energy = self.selected[seen].square().sum(-1).median()
-        return config.lr * self.unit**2 / max(float(energy), 1e-12)
+        return config.lr * self.unit**2 / max(float(taught.square().sum(-1).median()), 1e-12)
 
     def run(self) -> Fit:
         """Step until every edit holds or the steps are used up.
 
+        A few edits that need more steps than the rest of their batch do not move the others for so long: what holds
+        is settled, and the rest goes on under its protection.
+
         Raises:
             EditDiverged: an edit's loss is NaN or infinite.
         """
-        config = self.config
-        first = last = self._begin()
-        fine = [False] * self.count
-        steps = [0] * self.count
-        active = list(range(self.count))
+        config, steps = self.config, [0] * self.count
+        first, fine = self._begin(), [False] * self.count
+        last = list(first)
+        open_, active = list(range(self.count)), list(range(self.count))
         for step in range(1, config.max_steps + 1):
-            holds = self._step(active, self._draw(active), step)
+            hushed = self._step(active, self._draw(active, step))
             for edit in active:
                 steps[edit] = step
-            if step >= config.min_steps and config.nll > 0:
-                active = [edit for edit, held in zip(active, holds, strict=True) if not held]
-            if not active or step == config.max_steps:
-                last, fine = self._verify()
-                active = [edit for edit in range(self.count) if not fine[edit]]
-                if not active:
+            if step >= config.min_steps and config.nll > 0 and hushed:
+                active = [edit for edit in active if not self._claims(edit)]
+            if len(active) <= self.count // 4 and len(active) < len(open_) or step == config.max_steps:
+                for edit, nll, holds in zip(open_, *self._verify(open_), strict=True):
+                    last[edit], fine[edit] = nll, holds
+                settled = open_ if step == config.max_steps else [edit for edit in open_ if fine[edit]]
+                if settled:
+                    self._settle(settled)
+                open_ = [edit for edit in open_ if edit not in settled]
+                if not open_:
                     break
-        return Fit(self._folded(), self._taught(), self._keys(), steps, first, last, fine)
+                if settled:
+                    self._rest()
+                active = list(open_)
+        keys = [self.rows.key(edit) for edit in range(self.count)]
+        return Fit(self.memory.values, self.p, keys, steps, first, last, fine)
 
-    def _draw(self, active: list[int]) -> list[int]:
-        """Rows of one step: each active edit's bare prompt and a few of its prefixed ones."""
+    def _settle(self, edits: Sequence[int]) -> None:
+        """Fold the delta into the memory and protect these edits from what is learned next."""
+        self.memory = self.memory.replace(values=self.memory.values + (self.z if self.p is None else self.p @ self.z))
+        if self.p is not None:
+            self.p = absorb(self.p, self.rows.taught(edits), self.config.protect_lambda)
+
+    def _draw(self, active: list[int], step: int) -> list[int]:
+        """Rows of one step: of each active edit the bare prompt and a few others.
+
+        Where there are longer variants too, steps take turns between those and the bare prompt's kind, so that no row
+        is padded to another kind's length. Rows that did not hold when last seen come first, then those unseen longest.
+        """
+        others = min(self.config.prefixes_per_step, self.variants - 1)
+        kinds = self.rows.kinds
+        turn = kinds[(step - 1) % len(kinds)] if others < self.variants - 1 else range(self.variants)
         rows = []
         for edit in active:
-            order = torch.randperm(self.variants - 1, generator=self.generator)[: self.config.prefixes_per_step]
-            rows += [edit * self.variants, *(edit * self.variants + 1 + order).tolist()]
+            drawn = torch.rand(self.variants, generator=self.generator).tolist()
+            numbers = [edit * self.variants + variant for variant in turn if variant]
+            numbers.sort(key=lambda n: (self.held[n], self.seen[n], drawn[n % self.variants]))
+            rows += [edit * self.variants] * (0 in turn) + numbers[:others]
         return rows
 
-    def _labels(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Labels of these rows: places in the batch's labels, their row, and their position in the rows' tokens."""
-        place = torch.full((self.batch.input_ids.shape[0],), -1, device=self.z.device)
-        place[rows] = torch.arange(len(rows), device=self.z.device)
-        chosen = (place[self.batch.row] >= 0).nonzero()[:, 0]
-        row = place[self.batch.row[chosen]]
-        length = self.batch.input_ids.shape[1]
-        return chosen, row, row * length + self.batch.positions[chosen] % length
-
-    def _losses(self, rows: list[int], response: Tensor, full: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Per row: NLL, score, and whether every label is the argmax; and the logits at the labels' positions."""
-        capture = self.capture.rows(torch.tensor(rows, device=self.z.device))
-        chosen, row, positions = self._labels(rows)
-        y = (capture.main.float() + response).to(capture.main.dtype)
-        if full or self.likely is None:
-            labels = self.batch.labels[chosen]
-            logits = self.tail.replay(capture, y, positions)
-            nll = objective.token_nll(logits, labels)
-        else:
-            labels = self.likely.places[chosen]
-            logits = self.tail.replay(capture, y, positions, self.likely.tokens)
-            nll = objective.restricted_nll(logits, labels, self.likely.rest[chosen])
-        right = objective.row_mean((logits.argmax(-1) == labels).float(), row, len(rows)) > 0.999
-        score = objective.scores(response, self.batch.prompt_mask[rows], self.config.reduction)
-        return objective.row_mean(nll, row, len(rows)), score, right, logits
+    def _response(self, group: Group, places: Sequence[int]) -> Tensor:
+        """Side response [b*T, d_out] of these rows, with what the batch has written so far."""
+        tokens = group.tokens(places)
+        return group.before[tokens] + self.memory.respond(group.features[tokens], self.z)
 
     def _quiet_score(self, response: Tensor) -> Tensor:
         """Scores of the quiet texts over what each may reach, so that alpha is the margin of all."""
         norms = (response.square().sum(-1) + 1e-12).sqrt()
         return objective.row_mean(norms, self.quiet.text, len(self.quiet.names)) / self.quiet.limit
 
-    def _response(self, tokens: Tensor) -> Tensor:
-        return self.before[tokens] + self.memory.respond(self.features[tokens], self.z)
-
-    def _tokens(self, rows: list[int]) -> Tensor:
-        length = self.batch.input_ids.shape[1]
-        start = torch.tensor(rows, device=self.z.device)[:, None] * length
-        return (start + torch.arange(length, device=self.z.device)).flatten()
-
-    def _step(self, active: list[int], rows: list[int], step: int) -> list[bool]:
-        """One optimiser step on these rows; says per active edit whether it held before the step."""
-        tokens = self._tokens(rows)
-        response = self._response(tokens).requires_grad_()
+    def _step(self, active: list[int], rows: list[int]) -> bool:
+        """One optimiser step on these rows; says whether the quiet texts were quiet before it."""
+        self.steps += 1
         quiet = (self.quiet_before + self.memory.respond(self.quiet_features, self.z)).requires_grad_()
-        nll, score, right, _ = self._losses(rows, response, full=False)
         quiet_score = self._quiet_score(quiet)
         loudest = quiet_score.max() if len(quiet_score) else quiet_score.new_zeros(())
-        margin = objective.edit_margin(score, self.config, self.unit)
-        margin = margin + objective.gap_margin(score, loudest, self.config, self.unit)
-        weight = self.config.margin_weight
-        loss = (nll + weight * margin).view(len(active), -1).mean(1)
-        total = loss.sum() + weight * objective.irrelevant_margin(quiet_score, self.config, self.unit).sum()
-        gradients = torch.autograd.grad(total, (response, quiet))
+        margin_weight, reduction = self.config.margin_weight, self.config.reduction
+        losses, inputs, features = quiet.new_zeros(self.count), [], []
+        drawn = torch.bincount(torch.tensor(rows) // self.variants, minlength=self.count).to(quiet.device)
+        for group, places in self.rows.split(rows):
+            response = self._response(group, places).requires_grad_()
+            look = group.look(places, response, reduction, full=False)
+            margin = objective.edit_margin(look.score, self.config, self.unit)
+            margin = margin + objective.gap_margin(look.score, loudest, self.config, self.unit)
+            edit = torch.tensor([group.numbers[i] for i in places], device=quiet.device) // self.variants
+            losses = losses.index_add(0, edit, (look.nll + margin_weight * margin) / drawn[edit])
+            inputs.append((edit, response))
+            features.append(group.features[group.tokens(places)])
+            self._note(group, places, look)
+        total = losses.sum() + margin_weight * objective.irrelevant_margin(quiet_score, self.config, self.unit).sum()
+        gradients = torch.autograd.grad(total, [*(response for _, response in inputs), quiet])
         # A gradient can overflow where its loss does not, and would spoil the values that all edits share.
-        self._check_finite(loss.detach() + 0 * gradients[0].view(len(active), -1).sum(1), active)
-        holds = self._holds(nll, score, right, len(active)) & self._hushed(quiet_score)
-        self._update(torch.cat([self.features[tokens], self.quiet_features]), torch.cat(gradients), step)
-        return holds.tolist()
+        probe = losses.detach()
+        for (edit, _), gradient in zip(inputs, gradients, strict=False):
+            probe = probe.index_add(0, edit, 0 * gradient.view(len(edit), -1).sum(1))
+        self._check_finite(probe[active], active)
+        self._update(torch.cat([*features, self.quiet_features]), torch.cat(gradients))
+        return bool((quiet_score.detach() / self.unit <= _HUSH * self.config.alpha).all())
 
-    def _holds(self, nll: Tensor, score: Tensor, right: Tensor, edits: int) -> Tensor:
-        """Per edit: every label is the argmax, the mean NLL is low enough and the score reaches its margin."""
-        loud = score.detach() / self.unit >= 0.95 * self.config.beta
-        fits = nll.detach().view(edits, -1).mean(1) <= max(self.config.nll, 0.05)
-        return (right & loud).view(edits, -1).all(1) & fits
+    def _note(self, group: Group, places: Sequence[int], look: Look) -> None:
+        """Remember what each row was like when last seen."""
+        self.looks += 1
+        loud = look.score.detach() / self.unit >= _LOUD * self.config.beta
+        rows = zip(places, (look.right & loud).tolist(), look.nll.tolist(), strict=True)
+        for place, held, nll in rows:
+            number = group.numbers[place]
+            self.held[number], self.nll[number], self.seen[number] = held, nll, self.looks
 
-    def _hushed(self, quiet_score: Tensor) -> Tensor:
-        return (quiet_score.detach() / self.unit <= 2.0 * self.config.alpha).all()
+    def _claims(self, edit: int, slack: float = 1.0) -> bool:
+        """Whether all rows of an edit, as last seen, are right and loud enough, and their mean NLL is low enough."""
+        rows = slice(edit * self.variants, (edit + 1) * self.variants)
+        mean = sum(self.nll[rows]) / self.variants
+        return all(self.held[rows]) and mean <= slack * max(self.config.nll, 0.05)
 
     def _check_finite(self, loss: Tensor, active: list[int]) -> None:
         for edit, finite in zip(active, torch.isfinite(loss).tolist(), strict=True):
             if not finite:
                 raise EditDiverged(edit)
 
-    def _update(self, features: Tensor, gradient: Tensor, step: int) -> None:
+    def _update(self, features: Tensor, gradient: Tensor) -> None:
         config = self.config
         settings = dict(
             lr=self.lr,
-            step=step,
+            step=self.steps,
             optimizer=config.optimizer,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
@@ -229,56 +246,33 @@ class Trainer:
     @torch.no_grad()
     def _begin(self) -> list[float]:
         """NLL of every edit's bare prompt before training; chooses the tokens that the first steps compute."""
-        rows = [edit * self.variants for edit in range(self.count)]
-        nll, _, _, logits = self._losses(rows, self._response(self._tokens(rows)), full=True)
-        if logits.shape[1] > WHOLE_VOCABULARY:
-            chosen, row, _ = self._labels(rows)
-            # A prefixed row's n-th label takes the rest of the bare row's n-th.
-            start, count = self._starts(row, self.count), torch.bincount(row, minlength=self.count)
-            rank = torch.arange(len(self.batch.row), device=self.z.device)
-            rank = rank - self._starts(self.batch.row, self.count * self.variants)[self.batch.row]
-            edit = self.batch.row // self.variants
-            source = start[edit] + torch.minimum(rank, count[edit] - 1)
-            self.likely = Likely.of(logits, self.batch.labels[chosen]).spread(source, self.batch.labels)
-        return nll.tolist()
-
-    @staticmethod
-    def _starts(row: Tensor, rows: int) -> Tensor:
-        """Where each row's labels begin, given labels sorted by row."""
-        return torch.searchsorted(row.contiguous(), torch.arange(rows, device=row.device))
+        nll, looks = [0.0] * self.count, []
+        for group, places in self.rows.split(self.rows.bare()):
+            look = group.look(places, self._response(group, places), self.config.reduction, full=True)
+            looks.append((group, places, look))
+            for place, value in zip(places, look.nll.tolist(), strict=True):
+                nll[group.numbers[place] // self.variants] = value
+        if looks[0][2].logits.shape[1] > WHOLE_VOCABULARY:
+            self.rows.restrict(looks)
+        return nll
 
     @torch.no_grad()
-    def _verify(self) -> tuple[list[float], list[bool]]:
-        """NLL and success of every edit over all of its rows and the whole vocabulary, in chunks of whole edits.
+    def _verify(self, edits: Sequence[int]) -> tuple[list[float], list[bool]]:
+        """NLL and success of these edits over all of their rows and the whole vocabulary.
 
-        Where some edit does not hold, also chooses anew which tokens the next steps compute.
+        Where a row does not hold, also chooses anew which tokens the next steps compute for it.
         """
-        nll, fine, logits = [], [], []
-        for first in range(0, self.count, _EDITS_AT_ONCE):
-            edits = min(_EDITS_AT_ONCE, self.count - first)
-            rows = list(range(first * self.variants, (first + edits) * self.variants))
-            losses, score, right, chunk = self._losses(rows, self._response(self._tokens(rows)), full=True)
-            mean = losses.view(edits, -1).mean(1)
-            self._check_finite(mean, list(range(first, first + edits)))
-            nll += mean.tolist()
-            fine += self._holds(losses, score, right, edits).tolist()
-            logits.append(chunk)
-        if self.likely is not None and not all(fine):
-            self.likely = Likely.of(torch.cat(logits), self.batch.labels)
-        return nll, fine
-
-    def _folded(self) -> Tensor:
-        return self.memory.values + (self.z if self.p is None else self.p @ self.z)
-
-    def _taught(self) -> Tensor:
-        return self.selected[self.batch.attention_mask.flatten().bool()]
-
-    def _keys(self) -> list[Tensor]:
-        length = self.batch.input_ids.shape[1]
-        keys = []
-        for edit in range(self.count):
-            row = edit * self.variants
-            keys.append(
-                self.selected.view(-1, length, self.selected.shape[-1])[row][self.batch.prompt_mask[row]].clone()
-            )
-        return keys
+        rows = [edit * self.variants + variant for edit in edits for variant in range(self.variants)]
+        for group, chosen in self.rows.split(rows):
+            for first in range(0, len(chosen), _ROWS_AT_ONCE):
+                places = sorted(chosen)[first : first + _ROWS_AT_ONCE]
+                look = group.look(places, self._response(group, places), self.config.reduction, full=True)
+                self._check_finite(look.nll, [group.numbers[place] // self.variants for place in places])
+                self._note(group, places, look)
+                if group.likely is not None and not bool(look.right.all()):
+                    right = torch.ones(len(group.numbers), dtype=torch.bool, device=look.right.device)
+                    right[places] = look.right
+                    wrong = ~right[group.batch.row[look.labels]]
+                    group.likely = group.likely.renew(look.labels[wrong], look.logits[wrong], group.batch.labels)
+        means = [sum(self.nll[e * self.variants : (e + 1) * self.variants]) / self.variants for e in edits]
+        return means, [self._claims(edit, _SLACK) for edit in edits]

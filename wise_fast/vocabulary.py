@@ -34,11 +34,21 @@ class Likely:
     def of(cls, logits: Tensor, labels: Tensor, top: int = LIKELY_TOKENS) -> Likely:
         """From complete logits [M, vocabulary] and their labels [M]."""
         tokens = torch.cat([logits.topk(top, -1).indices.flatten(), labels]).unique()
-        total, inside = logits.float().logsumexp(-1), logits[:, tokens].float().logsumexp(-1)
-        rest = total + torch.log1p(-(inside - total).exp().clamp_max(1 - 1e-6))
-        return cls(tokens, rest, torch.searchsorted(tokens, labels))
+        return cls(tokens, _rest(logits, tokens), torch.searchsorted(tokens, labels))
 
     def spread(self, source: Tensor, labels: Tensor) -> Likely:
         """For more label positions, each taking the rest of the position `source` [M] that it resembles."""
         tokens = torch.cat([self.tokens, labels]).unique()
         return Likely(tokens, self.rest[source], torch.searchsorted(tokens, labels))
+
+    def renew(self, places: Tensor, logits: Tensor, labels: Tensor, top: int = LIKELY_TOKENS) -> Likely:
+        """With what complete logits [m, vocabulary] say of the label positions `places` [m]; `labels` [M] are all."""
+        tokens = torch.cat([self.tokens, logits.topk(top, -1).indices.flatten()]).unique()
+        rest = self.rest.index_copy(0, places, _rest(logits, tokens))
+        return Likely(tokens, rest, torch.searchsorted(tokens, labels))
+
+
+def _rest(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-sum-exp of the logits [M, vocabulary] of all other tokens, [M] fp32."""
+    total, inside = logits.float().logsumexp(-1), logits[:, tokens].float().logsumexp(-1)
+    return total + torch.log1p(-(inside - total).exp().clamp_max(1 - 1e-6))

@@ -1,0 +1,199 @@
+"""The training rows of one batch of edits, captured and held in groups of like length.
+
+Every edit has the same variants of its prompt: the bare one, shortened ones of about its length, and ones behind a
+prefix, about twice as long. Prompts differ as much again: padded to the longest, half of a step would be padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wise_fast import objective
+from wise_fast.memory import SideMemory
+from wise_fast.tail import Tail
+from wise_fast.tokens import Batch, Example, collate
+from wise_fast.vocabulary import Likely
+
+_LIKE = 1.3  # how much longer than the bare prompts a variant may be, to be drawn in the same steps as those
+_PER_FORWARD = 32  # what one more forward costs, in tokens
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a forward said of some rows.
+
+    Attributes:
+        nll: [b] mean NLL of each row's labels.
+        score: [b] routing score.
+        right: [b] bool, every label is the argmax.
+        logits: [M, V] at the labels' positions.
+        labels: [M] places of those in the group's labels.
+    """
+
+    nll: Tensor
+    score: Tensor
+    right: Tensor
+    logits: Tensor
+    labels: Tensor
+
+
+class Group:
+    """Rows of like length.
+
+    Attributes:
+        numbers: of the rows, among all rows of the batch.
+        batch, capture: of these rows.
+        selected, features, before: per token [n*T, K or d_ff]: what the memory reads, the same protected, and the
+            response [n*T, d_out] of what the memory held at `begin`.
+        likely: part of the vocabulary that steps compute, or None for all of it.
+    """
+
+    def __init__(self, tail: Tail, memory: SideMemory, numbers: list[int], batch: Batch):
+        self.tail, self.numbers, self.batch = tail, numbers, batch
+        self.capture = tail.capture(batch.input_ids, batch.attention_mask)
+        self.selected = memory.select(self.capture.a)
+        self.likely: Likely | None = None
+
+    def begin(self, memory: SideMemory, p: Tensor | None) -> None:
+        """Take what the memory holds, and what it protects, for the state that steps begin from."""
+        self.features = self.selected if p is None else self.selected @ p
+        self.before = memory.respond(self.selected)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row, padding included."""
+        return self.batch.input_ids.shape[1]
+
+    def tokens(self, places: Sequence[int]) -> Tensor:
+        """Places of these rows' tokens among the group's."""
+        start = torch.tensor(places, device=self.selected.device)[:, None] * self.length
+        return (start + torch.arange(self.length, device=start.device)).flatten()
+
+    def seen(self) -> Tensor:
+        """[n*T] bool, tokens that are not padding."""
+        return self.batch.attention_mask.flatten().bool()
+
+    def key(self, place: int) -> Tensor:
+        """[n, K] activations of a row's prompt, for thresholds."""
+        return self.selected[self.tokens([place])][self.batch.prompt_mask[place]].clone()
+
+    def look(self, places: Sequence[int], response: Tensor, reduction: str, full: bool) -> Look:
+        """Replay these rows with their side response [b*T, d_out]; `full`: over the whole vocabulary."""
+        index = torch.tensor(places, device=response.device)
+        capture = self.capture.rows(index)
+        chosen, row, positions = self._labels(index)
+        y = (capture.main.float() + response).to(capture.main.dtype)
+        if full or self.likely is None:
+            labels = self.batch.labels[chosen]
+            logits = self.tail.replay(capture, y, positions)
+            nll = objective.token_nll(logits, labels)
+        else:
+            labels = self.likely.places[chosen]
+            logits = self.tail.replay(capture, y, positions, self.likely.tokens)
+            nll = objective.restricted_nll(logits, labels, self.likely.rest[chosen])
+        count = len(places)
+        right = objective.row_mean((logits.argmax(-1) == labels).float(), row, count) > 0.999
+        score = objective.scores(response, self.batch.prompt_mask[index], reduction)
+        return Look(objective.row_mean(nll, row, count), score, right, logits, chosen)
+
+    def _labels(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Labels of these rows: places in the group's labels, their row, and their position in the rows' tokens."""
+        place = torch.full((len(self.numbers),), -1, device=index.device)
+        place[index] = torch.arange(len(index), device=index.device)
+        chosen = (place[self.batch.row] >= 0).nonzero()[:, 0]
+        row = place[self.batch.row[chosen]]
+        return chosen, row, row * self.length + self.batch.positions[chosen] % self.length
+
+
+class Rows:
+    """All rows of a batch: row `edit * variants + variant`, the bare prompt being variant 0.
+
+    Args:
+        examples: per edit its rows, the bare prompt first; every edit has the same number.
+
+    Attributes:
+        kinds: the variants of like length, those with the bare prompt first.
+        groups: the rows in few groups, shortest first, so that little is padded.
+    """
+
+    def __init__(self, tail: Tail, memory: SideMemory, examples: Sequence[Sequence[Example]], pad: int):
+        self.edits, self.variants = len(examples), len(examples[0])
+        self.kinds = _kinds(examples)
+        rows = [row for edit in examples for row in edit]
+        self.groups = [
+            Group(tail, memory, numbers, collate([rows[n] for n in numbers], pad, memory.values.device))
+            for numbers in _buckets([len(row.prompt) + max(len(row.target) - 1, 0) for row in rows])
+        ]
+        self._place = {n: (group, i) for group in self.groups for i, n in enumerate(group.numbers)}
+
+    def split(self, numbers: Sequence[int]) -> list[tuple[Group, list[int]]]:
+        """These rows by group, as (group, places in it); groups that have none are left out."""
+        found: dict[Group, list[int]] = {}
+        for number in numbers:
+            group, place = self._place[number]
+            found.setdefault(group, []).append(place)
+        return list(found.items())
+
+    def bare(self) -> list[int]:
+        return [edit * self.variants for edit in range(self.edits)]
+
+    def key(self, edit: int) -> Tensor:
+        """[n, K] activations of an edit's bare prompt."""
+        group, place = self._place[edit * self.variants]
+        return group.key(place)
+
+    def taught(self, edits: Sequence[int]) -> Tensor:
+        """[n, K] activations of every token of every row of these edits, for protection."""
+        numbers = [edit * self.variants + variant for edit in edits for variant in range(self.variants)]
+        parts = [(group, group.tokens(places)) for group, places in self.split(numbers)]
+        return torch.cat([group.selected[tokens[group.seen()[tokens]]] for group, tokens in parts])
+
+    def restrict(self, looks: Sequence[tuple[Group, Sequence[int], Look]]) -> None:
+        """Let later looks compute the likely tokens alone, given full looks at the bare prompts.
+
+        The n-th label of any other row takes the rest of the vocabulary from the bare row's n-th.
+        """
+        logits = torch.cat([look.logits for *_, look in looks])
+        labels = torch.cat([group.batch.labels[look.labels] for group, _, look in looks])
+        likely = Likely.of(logits, labels)
+        edit = torch.cat([_edits(group, self.variants)[look.labels] for group, _, look in looks])
+        order = edit.argsort(stable=True)
+        first = torch.searchsorted(edit[order], torch.arange(self.edits, device=edit.device))
+        count = torch.bincount(edit, minlength=self.edits)
+        for group in self.groups:
+            row, owner = group.batch.row, _edits(group, self.variants)
+            start = torch.searchsorted(row.contiguous(), torch.arange(len(group.numbers), device=row.device))
+            rank = torch.arange(len(row), device=row.device) - start[row]
+            source = order[first[owner] + torch.minimum(rank, count[owner] - 1)]
+            group.likely = likely.spread(source, group.batch.labels)
+
+
+def _edits(group: Group, variants: int) -> Tensor:
+    """The edit of each of the group's labels."""
+    return (torch.tensor(group.numbers, device=group.batch.row.device) // variants)[group.batch.row]
+
+
+def _buckets(lengths: Sequence[int]) -> list[list[int]]:
+    """Row numbers by length, cut where padding would cost more than another forward does."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    best: list[tuple[int, int]] = [(0, 0)]  # cost of the first n rows, and where their last bucket begins
+    for end in range(1, len(order) + 1):
+        longest = lengths[order[end - 1]]
+        best.append(min((best[cut][0] + (end - cut) * longest + _PER_FORWARD, cut) for cut in range(end)))
+    buckets, end = [], len(order)
+    while end:
+        buckets.append(sorted(order[best[end][1] : end]))
+        end = best[end][1]
+    return buckets[::-1]
+
+
+def _kinds(examples: Sequence[Sequence[Example]]) -> list[list[int]]:
+    """Variants by length: those like the bare prompt, and the longer ones."""
+    lengths = [sum(len(rows[v].prompt) for rows in examples) for v in range(len(examples[0]))]
+    like = [v for v, length in enumerate(lengths) if length <= _LIKE * lengths[0]]
+    longer = [v for v in range(len(lengths)) if v not in like]
+    return [like, longer] if longer else [like]
