@@ -71,8 +71,8 @@ class WiseConfig:
     max_steps: int = 40
     min_steps: int = 3
     nll: float = 0.05
-    prefixes: int = 4
-    prefix_tokens: int = 10
+    prefixes: int = 3
+    prefix_tokens: int = 6
     prefixes_per_step: int = 2
     dropped: int = 2
     drop_rate: float = 0.25
@@ -143,6 +143,7 @@ class WiseConfig:
             max_steps=70,
             nll=0.0,
             prefixes=10,
+            prefix_tokens=10,
             prefixes_per_step=10,
             dropped=0,
             near=0,
