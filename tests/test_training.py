@@ -7,7 +7,8 @@ from torch import nn
 from tests.edited import D_FF, FACTS, QUICK, WIDTH, logits, make_editor
 from wise_fast import Edit, training
 from wise_fast.metrics import evaluate
-from wise_fast.rows import _buckets
+from wise_fast.objective import restricted_nll, token_nll
+from wise_fast.rows import buckets
 from wise_fast.texts import Texts
 from wise_fast.tokens import pad_token
 from wise_fast.training import Trainer
@@ -145,8 +146,8 @@ class TestDrawing:
 class TestRows:
     def test_rows_are_padded_to_their_likes(self):
         lengths = [30, 4, 5, 31, 4, 29]
-        assert _buckets(lengths) == [[1, 2, 4], [0, 3, 5]]
-        assert _buckets([7]) == [[0]] and _buckets([7, 8, 9]) == [[0, 1, 2]]
+        assert buckets(lengths) == [[1, 2, 4], [0, 3, 5]]
+        assert buckets([7]) == [[0]] and buckets([7, 8, 9]) == [[0, 1, 2]]
 
     def test_a_row_looks_the_same_in_any_company(self):
         editor = make_editor(prefixes=3, dropped=1)
@@ -187,6 +188,33 @@ class TestSettling:
         assert reports[3].steps == 30 and not reports[3].success
         assert all(r.success and r.steps < 30 for r in reports[:3])
         assert evaluate(editor, FACTS[:3]).summary()["reliability"] == 1.0
+
+    def test_without_protection_a_batch_ends_together(self, monkeypatch):
+        """Nothing is called fitted that later steps of its batch have undone."""
+        settle, settled, run, trainers = Trainer._settle, [], Trainer.run, []
+        monkeypatch.setattr(Trainer, "_settle", lambda self, edits: settled.append(edits) or settle(self, edits))
+        monkeypatch.setattr(Trainer, "run", lambda self: trainers.append(self) or run(self))
+        editor = make_editor(protect=False, max_steps=40)
+        reports = editor.edit([*FACTS[:3], Edit("Who leads Fry?", "9{}~zqk 0w")])
+        assert settled == [[0, 1, 2, 3]]
+        (trainer,) = trainers
+        trainer._begin_anew()
+        nll, fine = trainer._verify(range(4))
+        assert fine == [r.success for r in reports] and nll == pytest.approx([r.loss for r in reports], rel=1e-3)
+
+
+class TestLikely:
+    def test_renewed_tokens_are_counted_once(self):
+        generator = torch.Generator().manual_seed(0)
+        logits = 3 * torch.randn(5, 200, generator=generator)
+        labels = torch.tensor([3, 50, 120, 7, 3])
+        likely = Likely.of(logits, labels, 4)
+        later = logits + torch.randn(5, 200, generator=generator)
+        wrong = torch.tensor([False, True, False, False, True])
+        renewed = likely.renew(torch.arange(5), later, wrong, labels, 8)
+        assert len(renewed.tokens) > len(likely.tokens)
+        part = restricted_nll(later[:, renewed.tokens], renewed.places, renewed.rest)
+        torch.testing.assert_close(part, token_nll(later, labels), rtol=1e-4, atol=1e-4)
 
 
 class TestStopping:
@@ -234,7 +262,19 @@ class TestQuietTexts:
         trainer = make_trainer(make_editor(), FACTS[:1])
         trainer.quiet = Texts(("a", "b"), torch.zeros(3, 2), torch.tensor([0, 0, 1]), torch.tensor([1.0, 2.0]))
         response = torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.0, 8.0]])
-        assert trainer._quiet_score(response).tolist() == pytest.approx([3.0, 4.0])
+        assert trainer._score_quiet(response, trainer.quiet.text).tolist() == pytest.approx([3.0, 4.0])
+        assert trainer._score_quiet(response[2:], trainer.quiet.text[2:]).tolist() == pytest.approx([0.0, 4.0])
+
+    def test_between_full_looks_only_what_is_near_its_margin_is_looked_at(self):
+        trainer = make_trainer(make_editor(), FACTS[:1])
+        trainer.quiet_score[:] = 0.1 * QUICK.alpha * trainer.unit
+        trainer.quiet_score[3] = 0.8 * QUICK.alpha * trainer.unit
+        shown = []
+        for trainer.steps in range(1, 10):
+            shown.append(trainer._watched().nonzero()[:, 0].tolist())
+        everything = list(range(len(trainer.quiet.names)))
+        assert [s == everything for s in shown] == [True, False, False, False] * 2 + [True]
+        assert shown[1] == [3]
 
     def test_padding_and_specials_are_no_text(self):
         editor = make_editor()
@@ -246,7 +286,8 @@ class TestQuietTexts:
         editor = make_editor(FACTS)
         trainer = make_trainer(editor, FACTS[:1])
         with torch.no_grad():
-            score = trainer._quiet_score(editor.memories[0].respond(editor.memories[0].select(trainer.quiet.a)))
+            response = editor.memories[0].respond(editor.memories[0].select(trainer.quiet.a))
+            score = trainer._score_quiet(response, trainer.quiet.text)
         assert float(score.max()) <= 2 * QUICK.alpha * editor.unit  # what an edit must reach before it may stop
         assert float(score.max()) < editor.memories[0].threshold
 

@@ -32,11 +32,13 @@ class WiseConfig:
         momentum, weight_decay, clamp: of the masked update; decay and clamp act on the delta alone.
         max_steps: an edit that does not fit within so many steps is reported as failed.
         min_steps: steps before an edit may stop.
-        nll: an edit stops once its target's mean token NLL, over prompt and augmented prompts, is at most this; 0
-            never stops early (a fixed number of steps, as in the paper).
+        nll: an edit stops once its target's mean token NLL, over prompt and augmented prompts, is at most this, and
+            holds if it is at most 1.5 times this over the whole vocabulary; 0 never stops early (a fixed number of
+            steps, as in the paper).
         prefixes, prefix_tokens: augmentation texts that the model generates itself, and their length.
         dropped, drop_rate: augmented prompts that lack a random share of their words (never the subject's).
-        prefixes_per_step: how many augmented prompts each step draws beside the bare one.
+        prefixes_per_step: how many augmented prompts each step draws beside the bare one, or of the longer ones alone
+            in every other step; all of them when there are no more.
         near, near_limit: neighbours (the prompt asked of other subjects) that an edit must leave quiet, and how loud
             they may be in multiples of alpha.
         alpha, beta, gamma: margins of eq. 5 on the routing score.
@@ -110,9 +112,9 @@ class WiseConfig:
             self._require(name, lambda v: v >= 0, "at least 0")
         for name in ("momentum", "drop_rate"):
             self._require(name, lambda v: 0 <= v < 1, "from 0 to below 1")
-        for name in ("max_steps", "min_steps", "shards", "batch_size", "prefix_tokens"):
+        for name in ("max_steps", "min_steps", "shards", "batch_size", "prefix_tokens", "prefixes_per_step"):
             self._require(name, lambda v: isinstance(v, int) and v >= 1, "a whole number from 1")
-        for name in ("prefixes", "dropped", "prefixes_per_step", "near", "undo_depth", "seed"):
+        for name in ("prefixes", "dropped", "near", "undo_depth", "seed"):
             self._require(name, lambda v: isinstance(v, int) and v >= 0, "a whole number from 0")
         if self.shard_size is not None:
             self._require("shard_size", lambda v: isinstance(v, int) and v >= 1, "None or a whole number from 1")

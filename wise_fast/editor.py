@@ -107,10 +107,10 @@ class WiseEditor(Material):
         shape = (self.architecture.d_out, self.architecture.d_ff)
         memory = SideMemory.blank(self.config.layout, shape, self.config.mask_ratio, generator, self.device)
         protect = self.config.protect and memory.layout == "neuron"
-        p = self._unprotected(memory) if protect else None
+        p = self._fresh_p(memory) if protect else None
         return state.replace(shard=Shard(memory, p, origin=p), opened=state.opened + 1)
 
-    def _unprotected(self, memory: SideMemory) -> Tensor:
+    def _fresh_p(self, memory: SideMemory) -> Tensor:
         """`P` of a shard without edits: what unrelated text activates is protected from the first edit on."""
         p = protection.identity(memory.values.shape[0], self.device)
         strength = self.config.protect_irrelevant

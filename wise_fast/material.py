@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,6 +17,7 @@ from wise_fast.config import WiseConfig
 from wise_fast.data import Edit
 from wise_fast.errors import EditDataError
 from wise_fast.routing import Routing
+from wise_fast.rows import buckets
 from wise_fast.tail import Capture, Tail
 from wise_fast.texts import Texts
 
@@ -73,14 +74,13 @@ class Material:
         """
         if self.config.units == "absolute":
             return 1.0
-        batch, capture = self._captured(self._samples[self.config.prefixes :][:4])
+        texts = self._samples[self.config.prefixes :][:4]
+        batch, capture = self._captured([tokens.encode(self.tokenizer, text) for text in texts])
         response = capture.main[batch.prompt_mask.flatten()].float().norm(dim=-1).median()
         return float(response) * (_UNIT_UNDER_NORM if self.tail.normalizes(capture) else 1.0)
 
-    def _captured(self, texts: Iterable[str]) -> tuple[tokens.Batch, Capture]:
-        most = min(_QUIET_MOST, self.architecture.context or _QUIET_MOST)
-        rows = [tokens.Example(tokens.encode(self.tokenizer, text)[:most], ()) for text in texts]
-        batch = tokens.collate(rows, tokens.pad_token(self.tokenizer), self.device)
+    def _captured(self, rows: Sequence[tuple[int, ...]]) -> tuple[tokens.Batch, Capture]:
+        batch = tokens.collate([tokens.Example(row, ()) for row in rows], tokens.pad_token(self.tokenizer), self.device)
         return batch, self.tail.capture(batch.input_ids, batch.attention_mask)
 
     def _quiet_texts(self, edits: Sequence[Edit], before: Texts | None) -> Texts | None:
@@ -102,11 +102,17 @@ class Material:
         return swap_subject(edit.prompt, edit.subject, self.config.near, generator)
 
     def _texts(self, limits: dict[str, float]) -> Texts:
-        names = tuple(limits)
-        batch, capture = self._captured(names)
-        mask = batch.prompt_mask.flatten()
-        text = torch.arange(len(names), device=self.device)[:, None].expand_as(batch.prompt_mask).flatten()
-        return Texts(names, capture.a[mask], text[mask], torch.tensor(list(limits.values()), device=self.device))
+        most = min(_QUIET_MOST, self.architecture.context or _QUIET_MOST)
+        names, ids = tuple(limits), [tokens.encode(self.tokenizer, text)[:most] for text in limits]
+        a, text = [], []
+        for numbers in buckets([len(row) for row in ids]):
+            batch, capture = self._captured([ids[n] for n in numbers])
+            mask = batch.prompt_mask.flatten()
+            a.append(capture.a[mask])
+            number = torch.tensor(numbers, device=self.device)
+            text.append(number[:, None].expand_as(batch.prompt_mask).flatten()[mask])
+        limit = torch.tensor(list(limits.values()), device=self.device)
+        return Texts(names, torch.cat(a), torch.cat(text), limit)
 
     def _examples(self, edits: Sequence[Edit], places: Sequence[int]) -> list[list[tokens.Example]]:
         rows = []

@@ -29,6 +29,11 @@ def row_mean(values: Tensor, row: Tensor, rows: int) -> Tensor:
     return total / torch.bincount(row, minlength=rows).clamp_min(1)
 
 
+def row_max(values: Tensor, row: Tensor, rows: int) -> Tensor:
+    """Largest of [M] values, none of them negative, over the entries of each row, [rows]; 0 for a row without any."""
+    return values.new_zeros(rows).scatter_reduce(0, row, values, "amax")
+
+
 def scores(response: Tensor, prompt_mask: Tensor, reduction: str) -> Tensor:
     """Routing score of each sequence (eq. 3), [B], from side responses [B*T, d_out] and the prompt mask [B, T].
 

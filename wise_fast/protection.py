@@ -31,11 +31,6 @@ def absorb(p: Tensor, a: Tensor, strength: float) -> Tensor:
     return torch.addmm(p, half.t(), half, alpha=-1.0)
 
 
-def free_share(p: Tensor) -> float:
-    """Share of the shard's columns that earlier edits leave free: trace(P) / K."""
-    return float(p.diagonal().mean())
-
-
 def taught_factor(p: Tensor, origin: Tensor, rank: int = RANK) -> Tensor:
     """Thin `U` [K, rank] with `U U^T ~ P_0 - P`, by seeded subspace iteration; `||a U||^2 / ||a||^2` is the leverage.
 

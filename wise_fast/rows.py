@@ -126,7 +126,7 @@ class Rows:
         rows = [row for edit in examples for row in edit]
         self.groups = [
             Group(tail, memory, numbers, collate([rows[n] for n in numbers], pad, memory.values.device))
-            for numbers in _buckets([len(row.prompt) + max(len(row.target) - 1, 0) for row in rows])
+            for numbers in buckets([len(row.prompt) + max(len(row.target) - 1, 0) for row in rows])
         ]
         self._place = {n: (group, i) for group in self.groups for i, n in enumerate(group.numbers)}
 
@@ -177,7 +177,7 @@ def _edits(group: Group, variants: int) -> Tensor:
     return (torch.tensor(group.numbers, device=group.batch.row.device) // variants)[group.batch.row]
 
 
-def _buckets(lengths: Sequence[int]) -> list[list[int]]:
+def buckets(lengths: Sequence[int]) -> list[list[int]]:
     """Row numbers by length, cut where padding would cost more than another forward does."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     best: list[tuple[int, int]] = [(0, 0)]  # cost of the first n rows, and where their last bucket begins

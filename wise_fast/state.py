@@ -18,7 +18,8 @@ class EditReport:
     Attributes:
         edit: the edit itself.
         steps: optimiser steps taken.
-        loss_before, loss: mean token NLL of the target (with its stop token) before and after.
+        loss_before: mean token NLL of the target (with its stop token) given the prompt, before.
+        loss: the same after, over the prompt and every prefixed prompt.
         score: routing score of the bare prompt, in activation units.
         success: every target token is the argmax and the margins hold, on the prompt and every prefixed prompt.
         seconds: wall time of the edit; edits of one batch share its time equally.

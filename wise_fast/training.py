@@ -26,6 +26,8 @@ from wise_fast.vocabulary import WHOLE_VOCABULARY
 _ROWS_AT_ONCE = 32  # in a forward over the whole vocabulary
 _LOUD = 0.95  # share of beta that an edit's score must reach
 _SLACK = 1.5  # what the NLL may be, in what an edit stops at, once the whole vocabulary is looked at
+_LOOK_EVERY = 4  # steps between two looks at all unrelated prompts
+_NEAR = 0.7  # share of alpha from which on an unrelated prompt is looked at in every step
 _HUSH = 2.0  # multiple of alpha that an unrelated prompt's may reach
 
 
@@ -87,16 +89,17 @@ class Trainer:
         self.quiet = quiet
         self.quiet_selected = memory.select(quiet.a)
         self.lr = self._learning_rate()
-        self._rest()
+        self._begin_anew()
         total = self.count * self.variants
         self.held, self.nll, self.seen, self.looks = [False] * total, [float("inf")] * total, [0] * total, 0
 
-    def _rest(self) -> None:
+    def _begin_anew(self) -> None:
         """Begin from what the memory holds now: no delta, no moments."""
         for group in self.rows.groups:
             group.begin(self.memory, self.p)
         self.quiet_features = self.quiet_selected if self.p is None else self.quiet_selected @ self.p
         self.quiet_before = self.memory.respond(self.quiet_selected)
+        self.quiet_score = self.quiet.limit.new_zeros(len(self.quiet.names))
         self.z, self.steps = torch.zeros_like(self.memory.values), 0
         buffers = 2 if self.config.optimizer == "adam" else int(self.config.momentum > 0)
         self.moments = [torch.zeros_like(self.z) for _ in range(buffers)]
@@ -124,25 +127,32 @@ class Trainer:
         config, steps = self.config, [0] * self.count
         first, fine = self._begin(), [False] * self.count
         last = list(first)
-        open_, active = list(range(self.count)), list(range(self.count))
+        open_, active, early = list(range(self.count)), list(range(self.count)), []
+        # Without protection what was settled would be undone: the batch ends together.
+        few = 0 if self.p is None else self.count // 4
         for step in range(1, config.max_steps + 1):
             hushed = self._step(active, self._draw(active, step))
             for edit in active:
                 steps[edit] = step
             if step >= config.min_steps and config.nll > 0 and hushed:
                 active = [edit for edit in active if not self._claims(edit)]
-            if len(active) <= self.count // 4 and len(active) < len(open_) or step == config.max_steps:
+            if len(active) <= few and len(active) < len(open_) or step == config.max_steps:
                 for edit, nll, holds in zip(open_, *self._verify(open_), strict=True):
                     last[edit], fine[edit] = nll, holds
-                settled = open_ if step == config.max_steps else [edit for edit in open_ if fine[edit]]
-                if settled:
-                    self._settle(settled)
-                open_ = [edit for edit in open_ if edit not in settled]
-                if not open_:
+                settled = [edit for edit in open_ if fine[edit]]
+                if len(settled) == len(open_) or step == config.max_steps:
+                    self._settle(open_)
                     break
-                if settled:
-                    self._rest()
-                active = list(open_)
+                if settled and self.p is not None:
+                    self._settle(settled)
+                    self._begin_anew()
+                    early += settled
+                    open_ = [edit for edit in open_ if edit not in settled]
+                active = [edit for edit in open_ if not fine[edit]]
+        if early:
+            self._begin_anew()
+            for edit, holds in zip(early, self._verify(early, full=False)[1], strict=True):
+                fine[edit] = holds
         keys = [self.rows.key(edit) for edit in range(self.count)]
         return Fit(self.memory.values, self.p, keys, steps, first, last, fine)
 
@@ -153,14 +163,14 @@ class Trainer:
             self.p = absorb(self.p, self.rows.taught(edits), self.config.protect_lambda)
 
     def _draw(self, active: list[int], step: int) -> list[int]:
-        """Rows of one step: of each active edit the bare prompt and a few others.
+        """Rows of one step: of each active edit the bare prompt and a few others, or a few longer ones.
 
-        Where there are longer variants too, steps take turns between those and the bare prompt's kind, so that no row
-        is padded to another kind's length. Rows that did not hold when last seen come first, then those unseen longest.
+        Where there are longer variants, steps take turns between those and the bare prompt's kind, so that no row is
+        padded to another kind's length. Rows that did not hold when last seen come first, then those unseen longest.
         """
         others = min(self.config.prefixes_per_step, self.variants - 1)
-        kinds = self.rows.kinds
-        turn = kinds[(step - 1) % len(kinds)] if others < self.variants - 1 else range(self.variants)
+        kinds = self.rows.kinds if others < self.variants - 1 else [range(self.variants)]
+        turn = kinds[(step - 1) % len(kinds)]
         rows = []
         for edit in active:
             drawn = torch.rand(self.variants, generator=self.generator).tolist()
@@ -174,19 +184,33 @@ class Trainer:
         tokens = group.tokens(places)
         return group.before[tokens] + self.memory.respond(group.features[tokens], self.z)
 
-    def _quiet_score(self, response: Tensor) -> Tensor:
-        """Scores of the quiet texts over what each may reach, so that alpha is the margin of all."""
+    def _score_quiet(self, response: Tensor, text: Tensor) -> Tensor:
+        """Scores of the quiet texts over what each may reach, so that alpha is the margin of all; 0 of absent ones."""
         norms = (response.square().sum(-1) + 1e-12).sqrt()
-        return objective.row_mean(norms, self.quiet.text, len(self.quiet.names)) / self.quiet.limit
+        reduce = objective.row_max if self.config.reduction == "max" else objective.row_mean
+        return reduce(norms, text, len(self.quiet.names)) / self.quiet.limit
+
+    def _watched(self) -> Tensor:
+        """[n] bool, the quiet texts to look at in this step: all every few steps, else those near their margin.
+
+        The margin of the others has no gradient, and there are more of their tokens than of the edits'.
+        """
+        if self.steps % _LOOK_EVERY == 1:
+            return torch.ones_like(self.quiet_score, dtype=torch.bool)
+        return self.quiet_score >= _NEAR * self.config.alpha * self.unit
 
     def _step(self, active: list[int], rows: list[int]) -> bool:
         """One optimiser step on these rows; says whether the quiet texts were quiet before it."""
         self.steps += 1
-        quiet = (self.quiet_before + self.memory.respond(self.quiet_features, self.z)).requires_grad_()
-        quiet_score = self._quiet_score(quiet)
-        loudest = quiet_score.max() if len(quiet_score) else quiet_score.new_zeros(())
+        watched = self._watched()
+        tokens = watched[self.quiet.text].nonzero()[:, 0]
+        features = [self.quiet_features[tokens]]
+        quiet = (self.quiet_before[tokens] + self.memory.respond(features[0], self.z)).requires_grad_()
+        quiet_score = self._score_quiet(quiet, self.quiet.text[tokens])
+        self.quiet_score = torch.where(watched, quiet_score.detach(), self.quiet_score)
+        loudest = (quiet_score if len(tokens) else torch.cat([self.quiet_score, quiet.new_zeros(1)])).max()
         margin_weight, reduction = self.config.margin_weight, self.config.reduction
-        losses, inputs, features = quiet.new_zeros(self.count), [], []
+        losses, inputs = quiet.new_zeros(self.count), []
         drawn = torch.bincount(torch.tensor(rows) // self.variants, minlength=self.count).to(quiet.device)
         for group, places in self.rows.split(rows):
             response = self._response(group, places).requires_grad_()
@@ -199,14 +223,14 @@ class Trainer:
             features.append(group.features[group.tokens(places)])
             self._note(group, places, look)
         total = losses.sum() + margin_weight * objective.irrelevant_margin(quiet_score, self.config, self.unit).sum()
-        gradients = torch.autograd.grad(total, [*(response for _, response in inputs), quiet])
+        gradients = torch.autograd.grad(total, [quiet, *(response for _, response in inputs)])
         # A gradient can overflow where its loss does not, and would spoil the values that all edits share.
         probe = losses.detach()
-        for (edit, _), gradient in zip(inputs, gradients, strict=False):
+        for (edit, _), gradient in zip(inputs, gradients[1:], strict=True):
             probe = probe.index_add(0, edit, 0 * gradient.view(len(edit), -1).sum(1))
         self._check_finite(probe[active], active)
-        self._update(torch.cat([*features, self.quiet_features]), torch.cat(gradients))
-        return bool((quiet_score.detach() / self.unit <= _HUSH * self.config.alpha).all())
+        self._update(torch.cat(features), torch.cat(gradients))
+        return bool((self.quiet_score / self.unit <= _HUSH * self.config.alpha).all())
 
     def _note(self, group: Group, places: Sequence[int], look: Look) -> None:
         """Remember what each row was like when last seen."""
@@ -219,9 +243,13 @@ class Trainer:
 
     def _claims(self, edit: int, slack: float = 1.0) -> bool:
         """Whether all rows of an edit, as last seen, are right and loud enough, and their mean NLL is low enough."""
-        rows = slice(edit * self.variants, (edit + 1) * self.variants)
-        mean = sum(self.nll[rows]) / self.variants
-        return all(self.held[rows]) and mean <= slack * max(self.config.nll, 0.05)
+        first = edit * self.variants
+        rows = [n for n in range(first, first + self.variants) if self.seen[n]]
+        # Rows that were never drawn are left to the verification, once there was time to draw them.
+        if not self.seen[first] or (len(rows) < self.variants and self.steps < 2 * self.config.min_steps):
+            return False
+        mean = sum(self.nll[n] for n in rows) / len(rows)
+        return all(self.held[n] for n in rows) and mean <= slack * max(self.config.nll, 0.05)
 
     def _check_finite(self, loss: Tensor, active: list[int]) -> None:
         for edit, finite in zip(active, torch.isfinite(loss).tolist(), strict=True):
@@ -257,8 +285,8 @@ class Trainer:
         return nll
 
     @torch.no_grad()
-    def _verify(self, edits: Sequence[int]) -> tuple[list[float], list[bool]]:
-        """NLL and success of these edits over all of their rows and the whole vocabulary.
+    def _verify(self, edits: Sequence[int], full: bool = True) -> tuple[list[float], list[bool]]:
+        """NLL and success of these edits over all of their rows, and over the whole vocabulary if `full`.
 
         Where a row does not hold, also chooses anew which tokens the next steps compute for it.
         """
@@ -266,13 +294,14 @@ class Trainer:
         for group, chosen in self.rows.split(rows):
             for first in range(0, len(chosen), _ROWS_AT_ONCE):
                 places = sorted(chosen)[first : first + _ROWS_AT_ONCE]
-                look = group.look(places, self._response(group, places), self.config.reduction, full=True)
+                look = group.look(places, self._response(group, places), self.config.reduction, full)
                 self._check_finite(look.nll, [group.numbers[place] // self.variants for place in places])
                 self._note(group, places, look)
-                if group.likely is not None and not bool(look.right.all()):
-                    right = torch.ones(len(group.numbers), dtype=torch.bool, device=look.right.device)
-                    right[places] = look.right
-                    wrong = ~right[group.batch.row[look.labels]]
-                    group.likely = group.likely.renew(look.labels[wrong], look.logits[wrong], group.batch.labels)
+                good = look.right & (look.nll <= _SLACK * max(self.config.nll, 0.05))
+                if full and group.likely is not None and not bool(good.all()):
+                    fine = torch.ones(len(group.numbers), dtype=torch.bool, device=good.device)
+                    fine[places] = good
+                    wrong = ~fine[group.batch.row[look.labels]]
+                    group.likely = group.likely.renew(look.labels, look.logits, wrong, group.batch.labels)
         means = [sum(self.nll[e * self.variants : (e + 1) * self.variants]) / self.variants for e in edits]
         return means, [self._claims(edit, _SLACK) for edit in edits]

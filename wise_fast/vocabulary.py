@@ -41,9 +41,16 @@ class Likely:
         tokens = torch.cat([self.tokens, labels]).unique()
         return Likely(tokens, self.rest[source], torch.searchsorted(tokens, labels))
 
-    def renew(self, places: Tensor, logits: Tensor, labels: Tensor, top: int = LIKELY_TOKENS) -> Likely:
-        """With what complete logits [m, vocabulary] say of the label positions `places` [m]; `labels` [M] are all."""
-        tokens = torch.cat([self.tokens, logits.topk(top, -1).indices.flatten()]).unique()
+    def renew(self, places: Tensor, logits: Tensor, wrong: Tensor, labels: Tensor, top: int = LIKELY_TOKENS) -> Likely:
+        """With the likeliest tokens of label positions that went wrong.
+
+        Args:
+            places: [m] label positions that were looked at.
+            logits: [m, vocabulary] their complete logits.
+            wrong: [m] bool, those whose likeliest tokens are wanted; the rest is renewed of all.
+            labels: [M] of all positions.
+        """
+        tokens = torch.cat([self.tokens, logits[wrong].topk(top, -1).indices.flatten()]).unique()
         rest = self.rest.index_copy(0, places, _rest(logits, tokens))
         return Likely(tokens, rest, torch.searchsorted(tokens, labels))
 
