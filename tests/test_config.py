@@ -11,10 +11,10 @@ from wise_fast import WiseConfig
 from wise_fast.errors import ConfigError, WiseError
 
 SHARES = ("mask_ratio", "density", "act_ratio")
-POSITIVE = ("lr", "protect_lambda", "near_limit", "clamp")
+POSITIVE = ("lr", "protect_lambda", "protect_irrelevant", "near_limit", "clamp")
 NOT_NEGATIVE = ("alpha", "beta", "gamma", "margin_weight", "nll", "momentum", "weight_decay", "drop_rate")
-COUNTS = ("max_steps", "min_steps", "shards", "batch_size", "prefix_tokens", "shard_size")
-COUNTS_OR_0 = ("prefixes", "prefixes_per_step", "dropped", "near", "undo_depth", "seed")
+COUNTS = ("max_steps", "min_steps", "shards", "batch_size", "prefix_tokens", "prefixes_per_step", "shard_size")
+COUNTS_OR_0 = ("prefixes", "dropped", "near", "undo_depth", "seed")
 CHOICES = {
     "layout": ("neuron", "element"),
     "optimizer": ("adam", "sgd"),
@@ -61,7 +61,7 @@ def test_every_choice_is_taken_and_named_in_the_error(name):
         *((name, 1) for name in SHARES),
         *((name, 0) for name in (*NOT_NEGATIVE, *COUNTS_OR_0, "layer")),
         *((name, 1) for name in COUNTS),
-        *((name, None) for name in ("layer", "shard_size", "clamp")),
+        *((name, None) for name in ("layer", "shard_size", "clamp", "protect_irrelevant")),
         ("layer", -1),
     ],
 )
