@@ -236,7 +236,7 @@ class Launches:
 def launches(monkeypatch):
     """Launchers of this package on fake tensors: names of the kernels they would launch, in order."""
     log = []
-    names = ("route", "leverage", "gated_rows", "gated_add", "gated_add_element", "sketch")
+    names = ("route", "leverage", "gated_rows", "gated_add", "element_tile", "gated_add_element", "sketch")
     for name in names:
         module = pytest.importorskip(f"wise_kernels.gpu.{name}")
         monkeypatch.setattr(module, "guard", lambda tensor: nullcontext(), raising=False)

@@ -127,8 +127,7 @@ def test_element_layout_strides_scope_and_empty_inputs(poisoned, tokens):
 
 
 @pytest.mark.parametrize("tokens", [2, 9])
-def test_element_layout_with_rows_of_many_words(poisoned, monkeypatch, tokens):
-    monkeypatch.setattr(element, "PREFIX", 16)
+def test_element_layout_with_rows_of_many_words(poisoned, tokens):
     bank, a = element_bank((0.2, 0.6), width=170, outputs=50), normal(2 * tokens, 170)
     y, choice = torch.zeros(2 * tokens, 50), torch.tensor([1, 0])
     got = y.to(DEVICE, copy=True)
