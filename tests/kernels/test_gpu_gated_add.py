@@ -65,7 +65,7 @@ def test_long_prompts_of_the_element_layout(poisoned, dtype):
     check((20, 40), [1, -1, 0], 90, dtype, 65, layout="element")
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     st.lists(st.integers(0, 40), min_size=1, max_size=4), st.data(), st.integers(1, 6), st.integers(1, 9),
     st.sampled_from([1, 31, 65]), st.sampled_from(DTYPES), st.sampled_from(["neuron", "element"]),
@@ -173,7 +173,7 @@ def test_known_responses_are_added(choice, tokens, dtype):
     assert torch.equal(strided.cpu(), expected)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.lists(st.integers(-1, 4), min_size=1, max_size=150))
 def test_sequences_come_in_the_order_of_their_memories(choice):
     choice = torch.tensor(choice, device=DEVICE)
