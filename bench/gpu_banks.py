@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wise_kernels import pack_bits
+from wise_kernels import pack_bits, popcount_table
 
 RHO = 0.2
 # Value projections, (outputs, inputs).
@@ -39,13 +39,20 @@ class Place:
 
 @dataclass(frozen=True)
 class Bank:
-    """J memories of density rho in one layout; `dense` is what plain PyTorch keeps of them in the element layout."""
+    """J memories of density rho in one layout; `dense` is what plain PyTorch keeps of them in the element layout,
+    `popcounts` what ours does."""
 
     layout: str
     values: Tensor
     index: Tensor
     bounds: Tensor
     dense: Tensor | None
+    popcounts: Tensor | None = None
+
+    @property
+    def keep(self) -> dict[str, Tensor]:
+        """What a served bank keeps besides, as keywords of the ops that take it."""
+        return {} if self.popcounts is None else {"popcounts": self.popcounts}
 
     @property
     def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,4 +90,4 @@ def make_bank(place: Place, layout: str, model: str, memories: int, dtype: torch
         full = torch.zeros(memories, outputs, width, dtype=dtype, device=place.device)
         for j in range(memories):
             full[j][mask] = values[j * size : (j + 1) * size]
-    return Bank(layout, values, index, bounds, full)
+    return Bank(layout, values, index, bounds, full, popcount_table(index) if layout == "element" else None)

@@ -84,7 +84,7 @@ def decode(model: str, layout: str, rows: int, memories: int, dtype: torch.dtype
 
         def ours():
             y = F.linear(a, weight)
-            ADD[layout](y, a, *bank.arguments, choice)
+            ADD[layout](y, a, *bank.arguments, choice, **bank.keep)
             return y
 
         def plain():
@@ -112,9 +112,9 @@ def prefill(model: str, layout: str, rows: int, memories: int, dtype: torch.dtyp
         thresholds = torch.arange(1, memories + 1, device=a.device) * (1e-6 if inside else torch.inf)
 
         def ours():
-            y, side, norms = DUAL[layout](a, weight, None, *bank.arguments, response=memories == 1)
+            y, side, norms = DUAL[layout](a, weight, None, *bank.arguments, response=memories == 1, **bank.keep)
             _, choice = kernels.route(norms, mask, thresholds)
-            ADD[layout](y, a, *bank.arguments, choice, side if memories == 1 else None)
+            ADD[layout](y, a, *bank.arguments, choice, side if memories == 1 else None, **bank.keep)
             return y
 
         def plain():
@@ -141,7 +141,7 @@ def norms(model: str, layout: str, rows: int, memories: int, dtype: torch.dtype)
         bank = make_bank(place, layout, model, memories, dtype)
 
         def ours():
-            return DUAL[layout](a, weight, None, *bank.arguments, response=False)[2]
+            return DUAL[layout](a, weight, None, *bank.arguments, response=False, **bank.keep)[2]
 
         def plain():
             F.linear(a, weight)

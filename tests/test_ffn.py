@@ -7,12 +7,14 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import wise_kernels
 from tests.test_architectures import Scaled
 from tests.tiny import FAMILIES, tiny_model
 from wise_fast.errors import UnsupportedModelError
 from wise_fast.ffn import DualMemoryFFN, DualMemoryLinear
 from wise_fast.memory import Bank, SideMemory
 from wise_fast.routing import Routing
+from wise_kernels import popcount_table
 
 D_OUT, D_FF = 24, 40
 LAYOUTS = ("neuron", "element")
@@ -215,6 +217,24 @@ def test_a_changed_bank_does_not_recompile(layout):
             with torch.compiler.set_stance(stance):
                 got = compiled(a)
             assert (module.routing.choice >= 0).any() and torch.equal(got, module(a))
+
+
+@pytest.mark.parametrize("held", [None, torch.tensor([0, 1])])
+def test_element_banks_keep_their_popcounts_and_pass_them(monkeypatch, held):
+    module, other = DualMemoryLinear(make_base()), DualMemoryLinear(make_base())
+    module.set_bank(make_bank("element", (5.0, 5.0)))
+    assert torch.equal(module.popcounts, popcount_table(module.index)) and "popcounts" not in module.state_dict()
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other.popcounts, module.popcounts)
+    passed = []
+    for name in ("dual_forward_element", "gated_add_element_"):
+        op = getattr(wise_kernels, name)
+        monkeypatch.setattr(wise_kernels, name, lambda *given, op=op: passed.append(given[-1]) or op(*given))
+    module.routing.held = held
+    module(inputs(2, 5))
+    assert len(passed) == (1 if held is not None else 2) and all(p is module.popcounts for p in passed)
+    module.set_bank(make_bank("neuron", (5.0,)))
+    assert module.popcounts is None
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])

@@ -12,7 +12,7 @@ from wise_fast.errors import UnsupportedModelError
 from wise_fast.memory import Bank
 from wise_fast.routing import Routing
 
-_BUFFERS = ("values", "index", "bounds", "thresholds", "factors")
+_BUFFERS = ("values", "index", "bounds", "thresholds", "factors")  # of a bank, and of a state dict
 
 
 class DualMemoryLinear(nn.Module):
@@ -43,6 +43,7 @@ class DualMemoryLinear(nn.Module):
         self.in_features, self.out_features = linear_shape(base_layer)
         for name in _BUFFERS:
             self.register_buffer(name, None)
+        self.register_buffer("popcounts", None, persistent=False)
 
     @property
     def weight(self) -> Tensor:
@@ -68,6 +69,11 @@ class DualMemoryLinear(nn.Module):
         for name in _BUFFERS:
             value = None if bank is None else getattr(bank, name)
             setattr(self, name, None if value is None else value.to(device))
+        self._count()
+
+    def _count(self) -> None:
+        """Where the values of every block of bits begin, once a bank instead of in every call (element layout)."""
+        self.popcounts = kernels.popcount_table(self.index) if self.layout == "element" else None
 
     def forward(self, a: Tensor) -> Tensor:
         if self.memories == 0 or not self.routing.enabled:
@@ -75,15 +81,20 @@ class DualMemoryLinear(nn.Module):
         flat = a.reshape(-1, self.in_features)
         held = self.routing.held
         y, side, choice = self._prefill(a, flat) if held is None else (self.base_layer(flat), None, held.to(a.device))
-        add = kernels.gated_add_ if self.layout == "neuron" else kernels.gated_add_element_
-        add(y, flat, self.values, self.index, self.bounds, choice, side)
+        bank = self.values, self.index, self.bounds
+        if self.layout == "neuron":
+            kernels.gated_add_(y, flat, *bank, choice, side)
+        else:
+            kernels.gated_add_element_(y, flat, *bank, choice, side, self.popcounts)
         return y.view(*a.shape[:-1], self.out_features)
 
     def _prefill(self, a: Tensor, flat: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        forward = kernels.dual_forward if self.layout == "neuron" else kernels.dual_forward_element
         one = self.memories == 1
-        weight = linear_weight(self.base_layer)
-        y, side, norms = forward(flat, weight, self.bias, self.values, self.index, self.bounds, response=one)
+        given = flat, linear_weight(self.base_layer), self.bias, self.values, self.index, self.bounds, one
+        if self.layout == "neuron":
+            y, side, norms = kernels.dual_forward(*given)
+        else:
+            y, side, norms = kernels.dual_forward_element(*given, self.popcounts)
         leverage = None
         if self.factors is not None:
             leverage = kernels.leverage(flat, self.index, self.bounds, self.factors)
@@ -105,12 +116,15 @@ class DualMemoryLinear(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        if any(key.startswith(prefix) for key in state_dict):  # a bank's size is part of its state
+        replaced = any(key.startswith(prefix) for key in state_dict)
+        if replaced:  # a bank's size is part of its state
             for name in _BUFFERS:
                 value = state_dict.get(prefix + name)
                 device = self.base_layer.weight.device
                 setattr(self, name, None if value is None else torch.empty_like(value, device=device))
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if replaced:
+            self._count()
 
     def extra_repr(self) -> str:
         return f"d_ff={self.in_features}, d_out={self.out_features}, memories={self.memories}, layout={self.layout}"

@@ -54,11 +54,16 @@ def popcount_table(bits: Tensor) -> Tensor:
     if bits.dtype != torch.int32 or bits.dim() != 3:
         raise ValueError(f"bits must be int32 [J, O, words], got {bits.dtype} {tuple(bits.shape)}")
     if bits.is_cuda:
-        from .gpu.dual_forward_element import popcount_table as launch
+        from .gpu.element_tile import popcount_table as launch
 
         return launch(bits)
-    set_bits = unpack_bits(bits, bits.shape[2] * WORD)
-    counts = F.pad(set_bits, (0, bits.shape[2] % 2 * WORD)).unflatten(2, (-1, 2 * WORD)).sum(3, dtype=torch.int32)
+    # A byte of bits looks up how many it has: an eighth of the work of unpacking them.
+    each = unpack_bits(torch.arange(256, dtype=torch.int32, device=bits.device)[:, None], WORD).sum(
+        1, dtype=torch.int32
+    )
+    octets = each.index_select(0, bits.contiguous().view(torch.uint8).flatten().int())
+    octets = F.pad(octets.view(*bits.shape[:2], 4 * bits.shape[2]), (0, bits.shape[2] % 2 * WORD // 8))
+    counts = octets.unflatten(2, (-1, 2 * WORD // 8)).sum(3, dtype=torch.int32)
     before = counts.flatten(1).cumsum(1, dtype=torch.int32).view_as(counts)
     return before - counts
 

@@ -184,7 +184,7 @@ def gated_add_element_(
             of its set bits.
         choice: [B] int64 in {-1, ..., J - 1}, B dividing N; row n belongs to sequence n // (N / B).
         side: [J, N, O] responses in the dtype of `y` if they are known already, else None.
-        popcounts: popcount_table(bits), to spare a device counting the chosen memories in every call; not used on CPU.
+        popcounts: popcount_table(bits), to spare a device counting the bank in every call; not used on CPU.
 
     Raises ValueError for shapes, dtypes or devices other than these, and on CPU for a choice that is not in the bank
     or bounds that do not cover `values`.

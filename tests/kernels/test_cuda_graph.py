@@ -267,6 +267,7 @@ def test_launchers_read_nothing_on_the_host(launches, memories, batch, tokens):
         thresholds, factors = torch.empty(memories, **kind), torch.empty(columns, 128, **kind)
         packed = torch.empty(memories * 9_000_000, dtype=torch.bfloat16, **kind)
         bits = torch.empty(memories, 4096, 344, **kind).int()
+        popcounts = torch.empty(memories, 4096, 172, **kind).int()
         counts = []
         for run in (
             lambda: routes.route(norms, mask, thresholds, None, None, "mean"),
@@ -274,7 +275,7 @@ def test_launchers_read_nothing_on_the_host(launches, memories, batch, tokens):
             lambda: lever.leverage(a, index, bounds, factors),
             lambda: gated_add.gated_add(y, a, values, index, bounds, choice),
             lambda: gated_rows.add_side(y, torch.empty(memories, rows, 4096, **kind), choice),
-            lambda: gated_add_element.gated_add_element(y, a, packed, bits, bounds, choice),
+            lambda: gated_add_element.gated_add_element(y, a, packed, bits, bounds, choice, popcounts),
             lambda: sketch.sketched_route(
                 a, values, index, bounds, factors, mask, thresholds, 0.7, 1.5, None, None, "mean"
             ),
@@ -285,4 +286,4 @@ def test_launchers_read_nothing_on_the_host(launches, memories, batch, tokens):
     assert all(1 <= count <= 2 for count in counts[:3]) and counts[4] == 1
     # Decoding adds one launch to the projection's, or three that unpack.
     assert counts[3] == 1 if rows <= 16 else counts[3] <= 3
-    assert counts[5] <= 4 and counts[6] <= 7
+    assert counts[5] <= 3 and counts[6] <= 7

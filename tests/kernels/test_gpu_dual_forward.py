@@ -15,7 +15,7 @@ import wise_kernels  # noqa: E402
 from wise_kernels import popcount_table, reference  # noqa: E402
 from wise_kernels.bits import unpack_dense  # noqa: E402
 from wise_kernels.gpu import dual_forward_element as element  # noqa: E402
-from wise_kernels.gpu import dual_tiles  # noqa: E402
+from wise_kernels.gpu import dual_tiles, element_tile  # noqa: E402
 from wise_kernels.gpu.dual_forward import dual_forward  # noqa: E402
 from wise_kernels.side_forward import element_side, element_side_gpu, neuron_side, neuron_side_gpu  # noqa: E402
 
@@ -140,20 +140,20 @@ def test_nothing_to_read(device, rows):
 @pytest.mark.parametrize("width", [1, 31, 32, 33, 64, 65, 100])
 def test_popcount_table(device, width):
     bits = element_bank((0.5, 0.0, 1.0), width=width)[1]
-    assert torch.equal(element.popcount_table(bits.to(device)).cpu(), popcount_table(bits))
+    assert torch.equal(element_tile.popcount_table(bits.to(device)).cpu(), popcount_table(bits))
 
 
 def test_popcount_table_over_several_blocks_of_words(device, monkeypatch):
-    monkeypatch.setattr(element, "POPCOUNT_WORDS", 8)
+    monkeypatch.setattr(element_tile, "POPCOUNT_WORDS", 8)
     bits = element_bank((0.4,), width=700, outputs=3)[1]
-    table = element.popcount_table(bits.to(device))
+    table = element_tile.popcount_table(bits.to(device))
     assert torch.equal(table.cpu(), popcount_table(bits))
     assert int(table[0, 2, 1] - table[0, 2, 0]) == int(unpack_dense(torch.ones(2100), bits[0], 700)[2, :64].sum())
 
 
 def test_a_given_popcount_table_is_used(device):
     a, bank = normal(3, 63), element_bank((0.5, 0.2))
-    check_element(device, a, bank, popcounts=element.popcount_table(bank[1].to(device)))
+    check_element(device, a, bank, popcounts=element_tile.popcount_table(bank[1].to(device)))
 
 
 def test_two_launches_give_the_same_bits(device):

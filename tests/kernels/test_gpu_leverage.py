@@ -46,7 +46,7 @@ def test_every_block_size(device, poisoned, monkeypatch, blocks):
     check(device, normal(70, 300, dtype=torch.float16), columns, bounds, factors_of(columns, 129))
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(st.lists(st.integers(0, 30), max_size=3), st.integers(0, 20), st.integers(1, 40), st.sampled_from(DTYPES))
 def test_ragged_banks(sizes, tokens, rank, dtype):
     _, columns, bounds = neuron_bank(sizes)

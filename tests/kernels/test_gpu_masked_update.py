@@ -125,7 +125,7 @@ def test_empty_and_full_masks(layout, density, device):
     check(layout, 5, 40, 9, density, MOMENTUM, device)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     st.sampled_from(["neuron", "element"]),
     st.integers(0, 40),

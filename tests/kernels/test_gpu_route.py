@@ -33,7 +33,7 @@ def launches(request, monkeypatch):
 
 
 def test_ragged_cases_match_the_definition(device, launches, poisoned):
-    @settings(max_examples=25)
+    @settings(max_examples=15)
     @given(
         st.sampled_from([1, 2, 3, 5, 17]), st.integers(1, 5), st.sampled_from([1, 7, 9]),
         st.sampled_from(["mean", "max"]), st.integers(0, 2**20), st.sampled_from(["score", "leverage", "floors"]),

@@ -80,13 +80,13 @@ def small_integers(draw):
     return shards
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(small_integers(), st.floats(0.01, 1.0), st.booleans())
 def test_any_shards_with_ties_and_cancellation(shards, density, weighted):
     check(shards, density, [0.5 + i for i in range(len(shards))] if weighted else None)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.integers(1, 9000), st.sampled_from(DTYPES), st.integers(0, 2**20), st.floats(0, 1), st.integers(-30, 30))
 def test_the_threshold_is_the_entry_a_sort_finds(size, dtype, seed, share, exponent):
     values = (normal(size, 1, seed=seed) * 2.0**exponent).to(dtype)

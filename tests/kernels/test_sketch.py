@@ -49,7 +49,7 @@ def case(sizes, batch, tokens, seed=0, dtype=torch.float32, spread=1.0):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_choices_are_those_of_exact_norms(form):
-    @settings(max_examples=20)
+    @settings(max_examples=12)
     @given(
         st.lists(st.integers(0, 30), min_size=1, max_size=5), st.integers(1, 4), st.integers(1, 7),
         st.integers(0, 2**20), st.sampled_from(["mean", "max"]), st.sampled_from(["score", "leverage", "floors"]),

@@ -1,10 +1,7 @@
 """Element layout on the device: side_j = a D_j^T [J, N, O] and norms_j(t) = ||side_j,t||_2 [J, N] (eq. 3), D_j [O, F]
 expanded on the fly from bits [J, O, ceil(F/32)] and its packed values, and never in device memory.
 
-Value v of a memory belongs to its v-th set bit, so a weight's place is the number of set bits before it. `popcounts
-[J, O, ceil(F/64)]` holds that number for the first weight of every block of 64; within a block it is a population count
-of at most two words. A thread expands eight neighbouring weights: one count, then eight predicated loads, which for the
-threads of a warp fall on the same few sectors. Words and values are read one step ahead of their product.
+The expansion is in `element_tile.py`; words and values are read one step ahead of their product.
 
 Few rows (N <= 64): 2 V + O F (1/8 + 1/16) bytes for 16-bit values, at rho 0.2 and 4096 x 11008 26 MB or 8 us at 3.35
 TB/s; but bound by issue slots: 15 instructions of a warp (counted in sm_90 code) for 32 weights make 23 us on 132 SMs
@@ -24,14 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .element_tile import PROGRAMS, load_values, load_words, popcount_table
 from .launch import AotCase, guard, interpreted
 from .row_sums import finish_norms, sum_splits
 from .tile import EXPECT_OF, TARGETS_OF, Tile, family, kinds_of
 
-# Weights a step of the popcount table.
-BLOCK = 64
 FEW_ROWS, SOME_ROWS = 16, 64
-PROGRAMS = 512
 # (up to FEW_ROWS, up to SOME_ROWS, more)
 TILES = {
     "wgmma": (Tile(16, 64, 64, 8, 4, 80), Tile(64, 64, 64, 8, 4, 80), Tile(256, 64, 64, 8, 3, 128)),
@@ -39,70 +34,6 @@ TILES = {
     "amd": (Tile(16, 64, 64, 8, 2), Tile(64, 64, 64, 8, 2), Tile(128, 64, 64, 8, 2)),
     "fp32": (Tile(16, 64, 16, 4, 3), Tile(64, 64, 16, 4, 3), Tile(64, 64, 16, 4, 3)),
 }
-POPCOUNT_WORDS, POPCOUNT_WARPS = 512, 4
-
-
-@triton.jit
-def popcount(b_word):
-    """Number of set bits of each uint32; compilers know this form and emit one instruction for it."""
-    b_word = b_word - ((b_word >> 1) & 0x55555555)
-    b_word = (b_word & 0x33333333) + ((b_word >> 2) & 0x33333333)
-    b_word = (b_word + (b_word >> 4)) & 0x0F0F0F0F
-    return ((b_word * 0x01010101) >> 24).to(tl.int32)
-
-
-@triton.jit
-def popcount_fwd_kernel(p_bits, p_table, p_totals, W, blocks, WORDS: tl.constexpr):
-    """table [rows, blocks]: set bits of a row before each block of two words; totals [rows]: all of them."""
-    row = tl.program_id(0).to(tl.int64)
-    before = 0
-    for first in range(0, W, WORDS):
-        o_block = first // 2 + tl.arange(0, WORDS // 2)
-        o_word = first + tl.arange(0, WORDS)
-        b_word = tl.load(p_bits + row * W + o_word, mask=o_word < W, other=0).to(tl.uint32, bitcast=True)
-        b_count = tl.sum(tl.reshape(popcount(b_word), [WORDS // 2, 2]), 1)
-        b_before = before + tl.cumsum(b_count, 0) - b_count
-        tl.store(p_table + row * blocks + o_block, b_before, mask=o_block < blocks)
-        before += tl.sum(b_count, 0)
-    tl.store(p_totals + row, before)
-
-
-@triton.jit
-def _load_words(p_bits, p_table, row, m_row, k, o_oct, W, blocks, BK: tl.constexpr):
-    """For weights k + 8 o_oct + {0..7} of every row: their bits, lowest first, and the place of the first."""
-    o_word = k // 32 + o_oct // 4
-    second = o_oct >= 4 if BK == 64 else o_word % 2 == 1
-    shift = ((o_oct * 8) % 32 if BK >= 32 else k % 32 + o_oct * 8).to(tl.uint32)
-    # Sums in brackets stay 32-bit: pointers that the compiler keeps from step to step take two registers each.
-    p_word, m_word = p_bits + (row * W + o_word), m_row & (o_word < W)
-    b_word = tl.load(p_word, mask=m_word, other=0).to(tl.uint32, bitcast=True)
-    b_first = tl.load(p_word - 1, mask=m_word & second, other=0).to(tl.uint32, bitcast=True)
-    b_place = tl.load(p_table + (row * blocks + k // 64), mask=m_word, other=0)
-    below = (tl.full([1, 1], 1, tl.uint32) << shift) - 1
-    return b_word >> shift, b_place + popcount(b_first) + popcount(b_word & below)
-
-
-@triton.jit
-def _next(p_values, b_bits, b_place):
-    """Value of the lowest bit, and the rest."""
-    b_value = tl.load(p_values + b_place, mask=(b_bits & 1) != 0, other=0.0)
-    return b_value, b_bits >> 1, b_place + (b_bits & 1).to(tl.int32)
-
-
-@triton.jit
-def _load_values(p_values, b_bits, b_place, BO: tl.constexpr, BK: tl.constexpr):
-    """D's block [BO, BK] from the bits and places [BO, BK / 8] of its octets."""
-    b_v0, b_bits, b_place = _next(p_values, b_bits, b_place)
-    b_v1, b_bits, b_place = _next(p_values, b_bits, b_place)
-    b_v2, b_bits, b_place = _next(p_values, b_bits, b_place)
-    b_v3, b_bits, b_place = _next(p_values, b_bits, b_place)
-    b_v4, b_bits, b_place = _next(p_values, b_bits, b_place)
-    b_v5, b_bits, b_place = _next(p_values, b_bits, b_place)
-    b_v6, b_bits, b_place = _next(p_values, b_bits, b_place)
-    b_v7, b_bits, b_place = _next(p_values, b_bits, b_place)
-    b_even = tl.join(tl.join(b_v0, b_v4), tl.join(b_v2, b_v6))
-    b_odd = tl.join(tl.join(b_v1, b_v5), tl.join(b_v3, b_v7))
-    return tl.reshape(tl.join(b_even, b_odd), [BO, BK])
 
 
 @triton.jit(do_not_specialize=["N", "splits"])
@@ -132,13 +63,13 @@ def element_fwd_kernel(
     p_a += (tile_n * BN).to(tl.int64) * s_an
     o_a = tl.minimum(tl.arange(0, BN), N - 1 - tile_n * BN)[:, None] * s_an + o_k[None, :]
     b_acc = tl.zeros([BN, BO], dtype=tl.float32)
-    b_bits, b_place = _load_words(p_bits, p_table, row, m_row, first, o_oct, W, blocks, BK)
-    b_d = _load_values(p_values, b_bits, b_place, BO, BK)
-    b_bits, b_place = _load_words(p_bits, p_table, row, m_row, first + BK, o_oct, W, blocks, BK)
+    b_bits, b_place = load_words(p_bits, p_table, row, m_row, first, o_oct, W, blocks, BK)
+    b_d = load_values(p_values, b_bits, b_place, BO, BK)
+    b_bits, b_place = load_words(p_bits, p_table, row, m_row, first + BK, o_oct, W, blocks, BK)
     for k in range(first, last, BK):
         b_a = tl.load(p_a + (o_a + k), mask=(k + o_k < F)[None, :], other=0.0)
-        b_next = _load_values(p_values, b_bits, b_place, BO, BK)
-        b_bits, b_place = _load_words(p_bits, p_table, row, m_row, k + 2 * BK, o_oct, W, blocks, BK)
+        b_next = load_values(p_values, b_bits, b_place, BO, BK)
+        b_bits, b_place = load_words(p_bits, p_table, row, m_row, k + 2 * BK, o_oct, W, blocks, BK)
         if UPCAST:
             b_a, b_d = b_a.to(tl.float32), b_d.to(tl.float32)
         b_acc = tl.dot(b_a, tl.trans(b_d), b_acc, input_precision="ieee")
@@ -151,24 +82,6 @@ def element_fwd_kernel(
         tl.store(p_squares + (j * tiles_o + tile_o).to(tl.int64) * N + o_n, tl.sum(b_acc * b_acc, 1), mask=o_n < N)
         if RESPONSE:
             tl.store(p_side + j.to(tl.int64) * N * O + o_out, b_acc.to(p_side.dtype.element_ty), mask=m_out)
-
-
-def popcount_table(bits: Tensor) -> Tensor:
-    """popcounts [J, O, ceil(F/64)] int32: set bits of a memory, row-major, before each block of 64 weights of a row.
-
-    Derived from bits [J, O, ceil(F/32)] alone: compute it once a bank. Three launches, no sync.
-    """
-    memories, outputs, width = bits.shape
-    bits = bits.contiguous()
-    table = torch.empty(memories, outputs, triton.cdiv(width, 2), dtype=torch.int32, device=bits.device)
-    totals = torch.empty(memories, outputs, dtype=torch.int32, device=bits.device)
-    if bits.numel():
-        with guard(bits):
-            popcount_fwd_kernel[(memories * outputs,)](
-                bits, table, totals, width, table.shape[2], WORDS=POPCOUNT_WORDS, num_warps=POPCOUNT_WARPS
-            )
-        table += (totals.cumsum(1, dtype=torch.int32) - totals)[:, :, None]
-    return table
 
 
 def element_forward(
@@ -211,10 +124,7 @@ def element_forward(
 
 def aot_cases() -> list[AotCase]:
     """Every configuration that is launched."""
-    types = {"p_bits": "*i32", "p_table": "*i32", "p_totals": "*i32"}
-    signature = types | {"W": "i32", "blocks": "i32", "WORDS": "constexpr"}
-    meta = {"WORDS": POPCOUNT_WORDS}
-    cases = [AotCase("popcount", popcount_fwd_kernel, signature, meta, POPCOUNT_WARPS, divisible=tuple(types))]
+    cases = []
     for table, tiles in TILES.items():
         for kind, (i, tile) in product(kinds_of(table), enumerate(tiles)):
             types = dict.fromkeys(("p_a", "p_values", "p_side"), f"*{kind}")

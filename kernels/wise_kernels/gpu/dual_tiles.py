@@ -157,6 +157,9 @@ def aot_cases() -> list[AotCase]:
     sizes = dict.fromkeys(("N", "O", "F", "s_an", "s_wo", "s_packed"), "i32")
     for table, tiles in TILES.items():
         for kind, tile, fused in product(kinds_of(table), tiles, (True, False)):
+            # The sides alone are the fused launch with less: one tile of a table proves that they compile.
+            if not fused and tile is not tiles[0]:
+                continue
             names = ("p_a", "p_weight", "p_bias", "p_packed", "p_values", "p_y", "p_side")
             types = dict.fromkeys(names, f"*{kind}") | {"p_bounds": "*i64", "p_squares": "*fp32"}
             meta = {"s_af": 1, "s_wf": 1, "HAS_MAIN": fused, "HAS_BIAS": fused, "RESPONSE": True, "UPCAST": False}

@@ -2,12 +2,10 @@
 bits [J, O, ceil(F/32)] and packed values [V], expanded a tile at a time as in `dual_forward_element` and never kept.
 Rows of choice -1 keep their bits, and with none in scope every program is done after reading the choices.
 
-The expansion starts from the number of set bits before each block of 64 weights: `popcounts`, or where a bank comes
-without them `count` finds them for the chosen memories alone, row by row, and `element` adds up the rows before its
-own. Few rows are cut over the columns to fill the device, and `sum` adds the parts in order. Bound by the issue slots
-of the expansion, 15 instructions of a warp for 32 weights: 23 us for Llama-2-7B on an H100, once for up to 16 rows
-(decode) and once for every 256 (prefill, where the dense product, 2 N O F FLOP, takes as long). Not measured yet on a
-device.
+`popcounts` says where the values of a tile begin; without it every call counts the bits of the whole bank. Few rows are
+cut over the columns to fill the device, and `sum` adds the parts in order. Bound by the issue slots of the expansion,
+15 instructions of a warp for 32 weights: 23 us for Llama-2-7B on an H100, once for up to 16 rows (decode) and once for
+every 256 (prefill, where the dense product, 2 N O F FLOP, takes as long). Not measured yet on a device.
 """
 
 from itertools import product
@@ -17,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dual_forward_element import BLOCK, PROGRAMS, _load_values, _load_words, popcount
+from .element_tile import PROGRAMS, load_values, load_words, popcount_table
 from .gated_add import add_rows
 from .gated_rows import ordered, rows_of
 from .launch import SIZES, AotCase, guard, interpreted
@@ -31,51 +29,14 @@ TILES = {
     "amd": (Tile(16, 64, 64, 8, 2), Tile(64, 64, 64, 8, 2), Tile(128, 64, 64, 8, 2)),
     "fp32": (Tile(16, 64, 16, 4, 3), Tile(32, 32, 16, 4, 3), Tile(32, 32, 16, 4, 3)),
 }
-COUNT_WORDS, COUNT_BATCH = 512, 64
-PREFIX = 1024
 SUM_O = 256
 
 
 @triton.jit(do_not_specialize=SIZES)
-def count_fwd_kernel(
-    p_table, p_totals, p_bits, p_choice, batch, outputs, words, blocks, WORDS: tl.constexpr, BATCH: tl.constexpr
-):
-    """table [J, O, blocks]: set bits of a row before each block of two words; totals [J, O]: all of them; of memories
-    that a sequence has chosen. Bound by reading their bits, O F / 8 bytes each."""
-    o, j = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    wanted = 0
-    for b in range(0, batch, BATCH):
-        o_b = b + tl.arange(0, BATCH)
-        wanted = tl.maximum(wanted, tl.max((tl.load(p_choice + o_b, mask=o_b < batch, other=-1) == j).to(tl.int32), 0))
-    if wanted > 0:
-        row = j * outputs + o
-        before = 0
-        for w in range(0, words, WORDS):
-            o_word, o_block = w + tl.arange(0, WORDS), w // 2 + tl.arange(0, WORDS // 2)
-            b_word = tl.load(p_bits + row * words + o_word, mask=o_word < words, other=0).to(tl.uint32, bitcast=True)
-            b_count = tl.sum(tl.reshape(popcount(b_word), [WORDS // 2, 2]), 1)
-            b_before = before + tl.cumsum(b_count, 0) - b_count
-            tl.store(p_table + row * blocks + o_block, b_before, mask=o_block < blocks)
-            before += tl.sum(b_count, 0)
-        tl.store(p_totals + row, before)
-
-
-@triton.jit
-def starts_of(p_totals, first, o_o, m_o, PREFIX: tl.constexpr):
-    """Set bits of a memory before its rows o_o = first, first + 1, ...: [BO] int32."""
-    b_sum = tl.zeros([PREFIX], tl.int32)
-    for i in range(0, first, PREFIX):
-        o_i = i + tl.arange(0, PREFIX)
-        b_sum += tl.load(p_totals + o_i, mask=o_i < first, other=0)
-    b_row = tl.load(p_totals + o_o, mask=m_o, other=0)
-    return tl.sum(b_sum, 0) + tl.cumsum(b_row, 0) - b_row
-
-
-@triton.jit(do_not_specialize=SIZES)
 def element_fwd_kernel(
-    p_y, p_parts, p_a, p_values, p_bits, p_bounds, p_table, p_totals, p_choice, p_order,
+    p_y, p_parts, p_a, p_values, p_bits, p_bounds, p_table, p_choice, p_order,
     rows, tokens, memories, outputs, width, words, blocks, chunk, s_yn, s_yo, s_an, s_af,
-    ORDER: tl.constexpr, UPCAST: tl.constexpr, SPLIT: tl.constexpr, COUNTED: tl.constexpr, PREFIX: tl.constexpr,
+    ORDER: tl.constexpr, UPCAST: tl.constexpr, SPLIT: tl.constexpr,
     BN: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """BO outputs of BN positions over a chunk of the columns; added to y, or if SPLIT kept in parts [splits, N, O]."""
@@ -93,13 +54,10 @@ def element_fwd_kernel(
         first_row = j.to(tl.int64) * outputs
         p_word, p_place = p_bits + (first_row + first) * words, p_table + (first_row + first) * blocks
         p_memory = p_values + tl.load(p_bounds + j)
-        if not COUNTED:
-            b_start = starts_of(p_totals + first_row, first, o_o, m_o, PREFIX)
-            p_memory = p_memory + b_start[:, None]
         b_acc = tl.zeros([BN, BO], tl.float32)
         for k in range(start, end, BK):
-            b_bits, b_place = _load_words(p_word, p_place, row, m_row, k, o_oct, words, blocks, BK)
-            b_d = _load_values(p_memory, b_bits, b_place, BO, BK)
+            b_bits, b_place = load_words(p_word, p_place, row, m_row, k, o_oct, words, blocks, BK)
+            b_d = load_values(p_memory, b_bits, b_place, BO, BK)
             p_tile = p_a + (b_n * s_an)[:, None] + ((k + o_k).to(tl.int64) * s_af)[None, :]
             b_a = tl.load(p_tile, mask=m_n & (k + o_k < width)[None, :], other=0.0)
             if UPCAST:
@@ -131,18 +89,6 @@ def sum_fwd_kernel(p_y, p_parts, p_choice, rows, tokens, memories, outputs, spli
         tl.store(p_row, (b_y + b_sum).to(p_y.dtype.element_ty), mask=m_o)
 
 
-def counted(bits: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
-    """table [J, O, blocks] and totals [J, O] of the chosen memories; the rest is left as it was allocated."""
-    memories, outputs, words = bits.shape
-    table = torch.empty(memories, outputs, triton.cdiv(words * 32, BLOCK), dtype=torch.int32, device=bits.device)
-    totals = torch.empty(memories, outputs, dtype=torch.int32, device=bits.device)
-    count_fwd_kernel[(outputs, memories)](
-        table, totals, bits, choice, choice.shape[0], outputs, words, table.shape[2],
-        WORDS=COUNT_WORDS, BATCH=COUNT_BATCH,
-    )  # fmt: skip
-    return table, totals
-
-
 def gated_add_element(
     y: Tensor, a: Tensor, values: Tensor, bits: Tensor, bounds: Tensor, choice: Tensor, popcounts: Tensor | None = None
 ) -> None:
@@ -158,15 +104,14 @@ def gated_add_element(
     if rows <= SOME_ROWS:
         splits = max(1, min(triton.cdiv(PROGRAMS, tiles_o), width // (4 * tile.depth)))
     chunk = triton.cdiv(triton.cdiv(width, splits), tile.depth) * tile.depth
+    table = popcount_table(bits) if popcounts is None else popcounts.contiguous()
     parts = torch.empty(splits if splits > 1 else 0, rows, outputs, dtype=torch.float32, device=y.device)
     with guard(y):
         order = ordered(choice, memories) if tokens < tile.rows < rows and batch > 1 else None
-        table, totals = counted(bits, choice) if popcounts is None else (popcounts.contiguous(), None)
         element_fwd_kernel[(tiles_o, tiles_n, splits)](
-            y, parts, a, values, bits, bounds, table, totals, choice, order,
+            y, parts, a, values, bits, bounds, table, choice, order,
             rows, tokens, memories, outputs, width, words, table.shape[2], chunk, *y.stride(), *a.stride(),
-            ORDER=order is not None, UPCAST=interpreted(), SPLIT=splits > 1, COUNTED=totals is None, PREFIX=PREFIX,
-            **tile.blocks, **tile.options,
+            ORDER=order is not None, UPCAST=interpreted(), SPLIT=splits > 1, **tile.blocks, **tile.options,
         )  # fmt: skip
         if splits > 1:
             sum_fwd_kernel[(rows, triton.cdiv(outputs, SUM_O))](
@@ -177,7 +122,7 @@ def gated_add_element(
 def aot_cases() -> list[AotCase]:
     """Every configuration that is launched."""
     cases = []
-    integers = {"p_bits": "*i32", "p_table": "*i32", "p_totals": "*i32"}
+    integers = {"p_bits": "*i32", "p_table": "*i32"}
     integers |= dict.fromkeys(("p_bounds", "p_choice", "p_order"), "*i64")
 
     def case(name, kernel, kind, meta, **options):
@@ -189,13 +134,12 @@ def aot_cases() -> list[AotCase]:
         cases.append(AotCase(name, kernel, signature, meta, divisible=divisible, **options))
 
     for table, tiles in TILES.items():
-        for kind, (i, tile), known in product(kinds_of(table), enumerate(tiles), (True, False)):
-            meta = {"ORDER": i > 1, "UPCAST": False, "SPLIT": i < 2, "COUNTED": known, "PREFIX": PREFIX} | tile.blocks
-            meta |= ({} if i > 1 else {"p_order": None}) | ({"p_totals": None} if known else {})
+        for kind, (i, tile) in product(kinds_of(table), enumerate(tiles)):
+            meta = {"ORDER": i > 1, "UPCAST": False, "SPLIT": i < 2} | tile.blocks
+            meta |= {} if i > 1 else {"p_order": None}
             expect = EXPECT_OF[table] if tile.rows > FEW_ROWS or table == "fp32" else "mma"
-            name = f"gated_add_element/{table}/{i}/{'counted' if known else 'counting'}/{kind}"
+            name = f"gated_add_element/{table}/{i}/{kind}"
             case(name, element_fwd_kernel, kind, meta, expect=expect, targets=TARGETS_OF[table], **tile.options)
     for kind in ("bf16", "fp16", "fp32"):
         case(f"gated_add_element/sum/{kind}", sum_fwd_kernel, kind, {"BLOCK_O": SUM_O})
-    case("gated_add_element/count", count_fwd_kernel, "bf16", {"WORDS": COUNT_WORDS, "BATCH": COUNT_BATCH})
     return cases

@@ -141,7 +141,8 @@ def aot_cases() -> list[AotCase]:
         ("ieee", "fp32", c) for c in (SMALL, MEDIUM_FP32)
     ]
     for precision, dtype, (block_n, block_k, block_r, num_warps, num_stages) in shipped:
-        for ratio in (True, False):
+        # The norm alone is the ratio with less: one tile proves that it compiles.
+        for ratio in (True, False) if block_r == SMALL[2] else (True,):
             split = block_r < 128
             constexprs = {
                 "RATIO": ratio, "SPLIT": split, "PRECISION": precision, "s_af": 1, "s_fr": 1,

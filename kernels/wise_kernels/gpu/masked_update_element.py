@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .element_tile import popcount
 from .launch import AotCase, guard
 from .update_tile import (
     OPTIMIZERS,
@@ -34,15 +35,6 @@ BLOCK_W, BLOCK_STEP = 512, 1024
 
 
 @triton.jit
-def _popcount(x):
-    # Bit arithmetic: libdevice is not there in the interpreter nor on every backend.
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return ((x * 0x01010101) >> 24).to(tl.int32)
-
-
-@triton.jit
 def word_starts_kernel(p_bits, p_starts, p_counts, W, stride_o, stride_w, BLOCK_W: tl.constexpr):
     """Set bits before each word of a row -> starts [O, W]; set bits of the row -> counts [O]. One row a program.
 
@@ -53,7 +45,7 @@ def word_starts_kernel(p_bits, p_starts, p_counts, W, stride_o, stride_w, BLOCK_
     for start in range(0, W, BLOCK_W):
         o_w = start + tl.arange(0, BLOCK_W)
         b_word = tl.load(p_bits + row * stride_o + o_w * stride_w, mask=o_w < W, other=0)
-        b_count = _popcount(b_word.to(tl.uint32, bitcast=True))
+        b_count = popcount(b_word.to(tl.uint32, bitcast=True))
         tl.store(p_starts + row * W + o_w, before + tl.cumsum(b_count, 0) - b_count, mask=o_w < W)
         before += tl.sum(b_count, 0)
     tl.store(p_counts + row, before.to(tl.int64))
@@ -93,7 +85,7 @@ def element_grad_kernel(
         b_word = tl.load(p_word, mask=m_part, other=0).to(tl.uint32, bitcast=True)
         b_bit = tl.full((BLOCK_F // PARTS,), 1, tl.uint32) << (o_c % 32).to(tl.uint32)
         b_entry = tl.load(p_starts + (o_o * W)[:, None] + o_w[None, :], mask=m_part, other=0)
-        b_entry += b_row[:, None] + _popcount(b_word & (b_bit - 1)[None, :])
+        b_entry += b_row[:, None] + popcount(b_word & (b_bit - 1)[None, :])
         m_entry = m_part & ((b_word & b_bit[None, :]) != 0) & (b_entry < room)
         tl.store(p_grad + tile_start + b_entry, parts[i], mask=m_entry)
 
