@@ -1,6 +1,6 @@
 """Every kernel in its shipped configurations, compiled by processes without interpreter. The suite takes `--quick`: on
-sm_90 and gfx942 all kernels, on sm_80 and sm_100 those with a matrix product, of the half precisions bf16 alone where
-a matrix instruction is promised. `make aot` compiles the rest: fp16, and the small kernels on sm_80 and sm_100.
+sm_90 and gfx942 all kernels, on sm_80 and sm_100 those that promise a matrix instruction, and these in bf16 but not in
+fp16. `make aot` compiles the rest: fp16, and on sm_80 and sm_100 the small kernels and the products in IEEE fp32.
 """
 
 import ast
