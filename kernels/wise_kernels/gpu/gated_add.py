@@ -201,6 +201,7 @@ def aot_cases() -> list[AotCase]:
             divisible = tuple(name for name in usual if name in signature)
             expect = None if fp32 or kernel is pack_fwd_kernel else "mma" if kernel is few_fwd_kernel else "wgmma"
             name = f"gated_add/{kernel.__name__.split('_')[0]}/{block_n}x{block_o}/{kind[1:]}"
+            name += "/amd" if targets == amd else ""
             cases.append(
                 AotCase(name, kernel, signature, constexprs, num_warps, num_stages, expect, divisible, targets)
             )
