@@ -29,7 +29,7 @@ EDITS = [
     for name, target in (("Oslo", "P"), ("Kyoto", "E"), ("Lima", "D"))
 ]
 FAST = ["--set", "prefixes=1", "--set", "prefixes_per_step=1", "--set", "prefix_tokens=3"]
-LEARN = [*FAST, "--set", "mask_ratio=1.0", "--layer", 1, "--set", "lr=20", "--set", "max_steps=200", "--set", "nll=0.1"]
+LEARN = [*FAST, "--set", "mask_ratio=1.0", "--layer", 1, "--set", "lr=10", "--set", "max_steps=200", "--set", "nll=0.1"]
 
 
 @pytest.fixture(scope="module")
