@@ -87,7 +87,7 @@ class TestLikely:
     @given(seed=st.integers(0, 999), scale=st.floats(0.1, 6), top=st.integers(1, 20))
     def test_holds_the_likeliest_tokens_the_labels_and_the_rest(self, seed, scale, top):
         logits, labels = draw(3, 60, seed=seed, scale=scale), draw(3, seed=seed).mul(99).long() % 60
-        likely = Likely.of(logits, labels, top)
+        likely = Likely.of(logits, labels, labels[:0], top)
         assert torch.equal(likely.tokens, likely.tokens.unique()) and len(likely.tokens) <= 3 * (top + 1)
         assert torch.equal(likely.tokens[likely.places], labels)
         assert set(logits.topk(top, -1).indices.flatten().tolist()) <= set(likely.tokens.tolist())
@@ -96,13 +96,13 @@ class TestLikely:
 
     def test_when_the_rest_is_nothing(self):
         logits = draw(3, 8)
-        likely = Likely.of(logits, torch.tensor([0, 1, 2]), 8)
+        likely = Likely.of(logits, torch.tensor([0, 1, 2]), torch.tensor([], dtype=torch.long), 8)
         found = objective.restricted_nll(logits[:, likely.tokens], likely.places, likely.rest)
         torch.testing.assert_close(found, objective.token_nll(logits, torch.tensor([0, 1, 2])), rtol=1e-4, atol=1e-4)
 
     def test_spread_over_more_positions(self):
-        likely = Likely.of(draw(2, 30), torch.tensor([4, 9]), 2)
+        likely = Likely.of(draw(2, 30), torch.tensor([4, 9]), torch.tensor([29, 0]), 2)
+        assert {0, 4, 9, 29} <= set(likely.tokens.tolist())
         more = likely.spread(torch.tensor([0, 0, 1]), torch.tensor([4, 29, 9]))
         assert torch.equal(more.rest, likely.rest[[0, 0, 1]])
         assert torch.equal(more.tokens[more.places], torch.tensor([4, 29, 9]))
-        assert set(likely.tokens.tolist()) <= set(more.tokens.tolist())

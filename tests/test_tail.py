@@ -206,7 +206,8 @@ def test_only_wanted_logits():
     capture = tail.capture(*right_padded(LENGTHS))
     positions, vocabulary = targets(capture.attention_mask)[0], torch.tensor([7, 3, 250])
     every = tail.replay(capture, capture.main, positions)
-    torch.testing.assert_close(tail.replay(capture, capture.main, positions, vocabulary), every[:, vocabulary])
+    some = tail.replay(capture, capture.main, positions, tail.head_of(vocabulary))
+    torch.testing.assert_close(some, every[:, vocabulary])
 
 
 def test_a_module_shared_by_both_sides_still_runs_in_the_tail():

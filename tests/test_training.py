@@ -7,7 +7,6 @@ from torch import nn
 from tests.edited import D_FF, FACTS, QUICK, WIDTH, logits, make_editor
 from wise_fast import Edit, training
 from wise_fast.metrics import evaluate
-from wise_fast.objective import restricted_nll, token_nll
 from wise_fast.rows import buckets
 from wise_fast.texts import Texts
 from wise_fast.tokens import pad_token
@@ -42,7 +41,7 @@ def plain_loss(editor, trainer, facts, delta):
             ids = torch.tensor([[*row.prompt, *row.target[:-1]]])
             found = editor.model(ids).logits[0, len(row.prompt) - 1 :]
             losses.append(nn.functional.cross_entropy(found, torch.tensor(row.target)))
-            scores.append(kept[-1][0, : len(row.prompt)].norm(dim=-1).mean() / unit)
+            scores.append(kept[-1][0, row.context : len(row.prompt)].norm(dim=-1).mean() / unit)
     handle.remove()
     norms = (trainer.quiet.a @ delta.t()).norm(dim=-1) / unit
     quiet = torch.stack([norms[trainer.quiet.text == i].mean() for i in range(len(trainer.quiet.limit))])
@@ -61,6 +60,7 @@ class TestGradient:
         trainer = make_trainer(editor, FACTS[:2], values)
         delta = trainer.memory.dense().clone().requires_grad_()
         (gradient,) = torch.autograd.grad(plain_loss(editor, trainer, FACTS[:2], delta), delta)
+        trainer._begin_anew([0, 1])
         trainer._step([0, 1], [0, 1, 2, 3])
         step = trainer.memory.replace(values=trainer.z).dense()
         mask = trainer.memory.replace(values=torch.ones_like(values)).dense()
@@ -75,6 +75,7 @@ class TestGradient:
         p = half @ half.t()
         free, protected = (make_trainer(editor, FACTS[:1], p=matrix) for matrix in (None, p))
         for trainer in (free, protected):
+            trainer._begin_anew([0])
             trainer._step([0], [0, 1])
         torch.testing.assert_close(protected.z, p @ free.z, rtol=1e-3, atol=1e-5)
         before, z = protected.memory.values, protected.z
@@ -99,6 +100,7 @@ class TestGradient:
         steps = []
         for facts in (FACTS[:1], FACTS[1:2], FACTS[:2]):
             trainer = make_trainer(editor, facts)
+            trainer._begin_anew(range(len(facts)))
             trainer._step(list(range(len(facts))), list(range(2 * len(facts))))
             steps.append(trainer.z)
         torch.testing.assert_close(steps[0] + steps[1], steps[2], rtol=1e-3, atol=1e-5)
@@ -125,7 +127,8 @@ class TestDrawing:
         trainer = make_trainer(make_editor(prefixes=5, dropped=2, prefixes_per_step=2), FACTS)
         assert trainer.rows.kinds == [[0, 6, 7], [1, 2, 3, 4, 5]]
         for step in range(1, 9):
-            rows = trainer._draw([0, 2], step)
+            trainer.steps = [step - 1] * len(FACTS)
+            rows = trainer._draw([0, 2])
             if step % 2:
                 assert sorted(rows) == [0, 6, 7, 16, 22, 23] and rows[0] == 0 and rows[3] == 16
             else:
@@ -135,12 +138,14 @@ class TestDrawing:
     def test_what_did_not_hold_comes_first_and_then_what_was_seen_longest_ago(self):
         trainer = make_trainer(make_editor(prefixes=5, prefixes_per_step=2), FACTS[:1])
         trainer.held, trainer.seen = [True, True, False, True, True, True], [0, 1, 5, 3, 2, 4]
-        assert trainer._draw([0], 2) == [2, 1]
+        trainer.steps = [1]
+        assert trainer._draw([0]) == [2, 1]
 
     @pytest.mark.parametrize("prefixes, drawn", [(0, [0]), (1, [0, 1])])
     def test_fewer_than_wanted(self, prefixes, drawn):
         trainer = make_trainer(make_editor(prefixes=prefixes, prefixes_per_step=3), FACTS[:1])
-        assert trainer._draw([0], 1) == trainer._draw([0], 2) == drawn
+        for trainer.steps in ([0], [1]):
+            assert trainer._draw([0]) == drawn
 
 
 class TestRows:
@@ -149,7 +154,8 @@ class TestRows:
         assert buckets(lengths) == [[1, 2, 4], [0, 3, 5]]
         assert buckets([7]) == [[0]] and buckets([7, 8, 9]) == [[0, 1, 2]]
 
-    def test_a_row_looks_the_same_in_any_company(self):
+    def test_a_row_looks_the_same_in_any_company(self, monkeypatch):
+        monkeypatch.setattr("wise_fast.rows._PER_GROUP", 8)
         editor = make_editor(prefixes=3, dropped=1)
         alone, among = (make_trainer(editor, facts).rows for facts in (FACTS[1:2], FACTS))
         assert len(among.groups) > 1
@@ -177,44 +183,77 @@ class TestRows:
 
 
 class TestSettling:
+    def watched(self, monkeypatch):
+        """What is settled, in order, and the trainers that did it."""
+        settle, settled, run, trainers = Trainer._settle, [], Trainer.run, []
+        monkeypatch.setattr(Trainer, "_settle", lambda self, edits: settled.append(list(edits)) or settle(self, edits))
+        monkeypatch.setattr(Trainer, "run", lambda self: trainers.append(self) or run(self))
+        return settled, trainers
+
+    @pytest.mark.parametrize("wave", [1, 2, 3])
+    def test_few_are_trained_at_once_and_each_is_settled_once(self, wave, monkeypatch):
+        settled, trainers = self.watched(monkeypatch)
+        step, shown = Trainer._step, []
+        monkeypatch.setattr(
+            Trainer, "_step", lambda self, active, rows: shown.append(active) or step(self, active, rows)
+        )
+        reports = make_editor(wave=wave).edit(FACTS)
+        assert shown[0] == list(range(wave)) and max(map(len, shown)) == wave
+        assert sorted(sum(settled, [])) == [0, 1, 2, 3] and not any(settled[:1])
+        assert all(r.success for r in reports)
+        assert [sum(edit in active for active in shown) for edit in range(4)] == [r.steps for r in reports]
+        (trainer,) = trainers
+        assert sorted(trainer.absorbed) == [0, 1, 2, 3]
+
     def test_a_straggler_does_not_undo_the_rest_of_its_batch(self, monkeypatch):
         """One edit that never claims to hold takes all steps; the others are settled before, and keep what they had."""
-        claims, settle, settled = Trainer._claims, Trainer._settle, []
+        claims = Trainer._claims
         monkeypatch.setattr(Trainer, "_claims", lambda self, edit, *slack: edit != 3 and claims(self, edit, *slack))
-        monkeypatch.setattr(Trainer, "_settle", lambda self, edits: settled.append(edits) or settle(self, edits))
         editor = make_editor(max_steps=30)
         reports = editor.edit(FACTS)
-        assert settled == [[0, 1, 2], [3]]
         assert reports[3].steps == 30 and not reports[3].success
         assert all(r.success and r.steps < 30 for r in reports[:3])
         assert evaluate(editor, FACTS[:3]).summary()["reliability"] == 1.0
 
+    def test_what_the_rest_of_the_batch_undid_is_trained_again(self, monkeypatch):
+        """An edit that is found not to hold at the end is released, trained again and settled again."""
+        settled, trainers = self.watched(monkeypatch)
+        verify, found = Trainer._verify, []
+
+        def verified(self):
+            means, fine = verify(self)
+            found.append(list(fine))
+            return means, ([False, *fine[1:]] if len(found) == 1 else fine)
+
+        monkeypatch.setattr(Trainer, "_verify", verified)
+        reports = make_editor().edit(FACTS)
+        assert len(found) == 2 and all(found[1]) and all(r.success for r in reports)
+        assert [edits for edits in settled if edits][-1] == [0] and sum(settled, []).count(0) == 2
+        assert sorted(trainers[0].absorbed) == [0, 1, 2, 3]
+
+    def test_releasing_is_the_inverse_of_settling(self):
+        editor = make_editor(FACTS[:1])
+        shard = editor._state.shard
+        trainer = make_trainer(editor, FACTS[1:3], shard.memory.values, shard.p)
+        before, features = trainer.p, trainer.quiet_features
+        trainer._settle([0])
+        trainer._settle([1])
+        after = trainer.p
+        torch.testing.assert_close(trainer.quiet_features, trainer.quiet_selected @ after, rtol=1e-3, atol=1e-4)
+        trainer._release([0, 1])
+        assert (after - before).norm() > 0.02 * before.norm()
+        torch.testing.assert_close(trainer.p, before, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(trainer.quiet_features, features, rtol=1e-3, atol=1e-3)
+
     def test_without_protection_a_batch_ends_together(self, monkeypatch):
         """Nothing is called fitted that later steps of its batch have undone."""
-        settle, settled, run, trainers = Trainer._settle, [], Trainer.run, []
-        monkeypatch.setattr(Trainer, "_settle", lambda self, edits: settled.append(edits) or settle(self, edits))
-        monkeypatch.setattr(Trainer, "run", lambda self: trainers.append(self) or run(self))
+        settled, trainers = self.watched(monkeypatch)
         editor = make_editor(protect=False, max_steps=40)
         reports = editor.edit([*FACTS[:3], Edit("Who leads Fry?", "9{}~zqk 0w")])
-        assert settled == [[0, 1, 2, 3]]
+        assert sorted(settled[1]) == [0, 1, 2, 3]
         (trainer,) = trainers
-        trainer._begin_anew()
-        nll, fine = trainer._verify(range(4))
+        nll, fine = trainer._verify()
         assert fine == [r.success for r in reports] and nll == pytest.approx([r.loss for r in reports], rel=1e-3)
-
-
-class TestLikely:
-    def test_renewed_tokens_are_counted_once(self):
-        generator = torch.Generator().manual_seed(0)
-        logits = 3 * torch.randn(5, 200, generator=generator)
-        labels = torch.tensor([3, 50, 120, 7, 3])
-        likely = Likely.of(logits, labels, 4)
-        later = logits + torch.randn(5, 200, generator=generator)
-        wrong = torch.tensor([False, True, False, False, True])
-        renewed = likely.renew(torch.arange(5), later, wrong, labels, 8)
-        assert len(renewed.tokens) > len(likely.tokens)
-        part = restricted_nll(later[:, renewed.tokens], renewed.places, renewed.rest)
-        torch.testing.assert_close(part, token_nll(later, labels), rtol=1e-4, atol=1e-4)
 
 
 class TestStopping:
@@ -246,9 +285,9 @@ class TestStopping:
         monkeypatch.setattr(Likely, "of", classmethod(lambda cls, *given: whole(*given, 6)))
         seen, replay = [], type(make_editor().tail).replay
 
-        def watched(self, capture, y, positions, vocabulary=None):
-            seen.append(260 if vocabulary is None else len(vocabulary))
-            return replay(self, capture, y, positions, vocabulary)
+        def watched(self, capture, y, positions, head=None):
+            seen.append(260 if head is None else len(head[0]))
+            return replay(self, capture, y, positions, head)
 
         monkeypatch.setattr("wise_fast.tail.Tail.replay", watched)
         editor = make_editor(FACTS)
@@ -270,11 +309,11 @@ class TestQuietTexts:
         trainer.quiet_score[:] = 0.1 * QUICK.alpha * trainer.unit
         trainer.quiet_score[3] = 0.8 * QUICK.alpha * trainer.unit
         shown = []
-        for trainer.steps in range(1, 10):
+        for trainer.taken in range(1, 11):
             shown.append(trainer._watched().nonzero()[:, 0].tolist())
         everything = list(range(len(trainer.quiet.names)))
-        assert [s == everything for s in shown] == [True, False, False, False] * 2 + [True]
-        assert shown[1] == [3]
+        assert [s == everything for s in shown] == [True, True, *[False, False, False, True] * 2]
+        assert shown[2] == [3]
 
     def test_padding_and_specials_are_no_text(self):
         editor = make_editor()

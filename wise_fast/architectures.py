@@ -39,6 +39,8 @@ class Architecture:
         d_out: its outputs, the width of the residual stream.
         family: `config.model_type`, for messages and saved directories.
         context: longest input in tokens, or None when the config does not say.
+        last_ffn: dotted name of the last layer's FFN, a module that treats every token by itself; None where there is
+            no such module, or the edited projection is in it.
     """
 
     decoder: str
@@ -50,6 +52,7 @@ class Architecture:
     d_out: int
     family: str
     context: int | None
+    last_ffn: str | None = None
 
     @property
     def holder(self) -> tuple[str, str]:
@@ -126,6 +129,7 @@ def find_architecture(model: nn.Module, layer: int | None = None) -> Architectur
         d_out=d_out,
         family=config.model_type,
         context=getattr(config, "max_position_embeddings", None),
+        last_ffn=None if layer == len(layers) - 1 else _tokenwise_ffn(model, layers[-1], calls, names),
     )
 
 
@@ -227,6 +231,25 @@ def _find_projection(model: nn.Module, layer: nn.Module, calls: dict[nn.Module, 
             f"an FFN's value projection (merge adapters first); supported: {SUPPORTED}"
         )
     return last
+
+
+def _tokenwise_ffn(model, layer: nn.Module, calls, names) -> str | None:
+    """What holds the layer's value projection, if it is a module that gives each token what it gives alone."""
+    name = names[_find_projection(model, layer, calls)].rpartition(".")[0]
+    ffn = model.get_submodule(name)
+    if ffn is layer:
+        return None
+    weight = next(ffn.parameters())
+    width = model.get_input_embeddings().weight.shape[1]
+    x = torch.linspace(-1, 1, 3 * width, device=weight.device, dtype=weight.dtype).sin().view(1, 3, width)
+    try:
+        with torch.no_grad(), evaluating(model):
+            together, alone = ffn(x), torch.cat([ffn(x[:, i : i + 1]) for i in range(3)], 1)
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return None
+    same = isinstance(together, Tensor) and together.shape == x.shape == alone.shape
+    near = same and (together - alone).abs().max() <= 64 * torch.finfo(weight.dtype).eps * together.abs().max()
+    return name if near else None
 
 
 @contextmanager

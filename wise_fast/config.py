@@ -57,7 +57,9 @@ class WiseConfig:
         route_by: which memory answers: the largest "leverage" or the paper's largest "score" over threshold.
         reduction: of a prompt's token scores: "mean" or "max".
         stop: which token ends an answer and is trained after the target: "eos", "newline", "none", or "auto".
-        batch_size: edits trained together.
+        batch_size: edits captured and judged together.
+        wave: edits of a batch that are trained at once; the next begins when one of them holds. The whole batch without
+            the protected update.
         undo_depth: batches that `rollback` can take back without a checkpoint.
         seed: of masks, prefixes and the order of augmentations.
     """
@@ -97,6 +99,7 @@ class WiseConfig:
     reduction: str = "mean"
     stop: str = "auto"
     batch_size: int = 8
+    wave: int = 2
     undo_depth: int = 16
     seed: int = 0
 
@@ -112,7 +115,7 @@ class WiseConfig:
             self._require(name, lambda v: v >= 0, "at least 0")
         for name in ("momentum", "drop_rate"):
             self._require(name, lambda v: 0 <= v < 1, "from 0 to below 1")
-        for name in ("max_steps", "min_steps", "shards", "batch_size", "prefix_tokens", "prefixes_per_step"):
+        for name in ("max_steps", "min_steps", "shards", "batch_size", "wave", "prefix_tokens", "prefixes_per_step"):
             self._require(name, lambda v: isinstance(v, int) and v >= 1, "a whole number from 1")
         for name in ("prefixes", "dropped", "near", "undo_depth", "seed"):
             self._require(name, lambda v: isinstance(v, int) and v >= 0, "a whole number from 0")

@@ -24,7 +24,7 @@ from wise_fast.texts import Texts
 _QUIET_TEXTS, _QUIET_TOKENS = 16, 16
 _QUIET_MOST = 48  # tokens of an unrelated text that are read: its routing score shows early, and padding costs
 _UNIT_UNDER_NORM = 5.0
-_REHEARSED = 64  # unrelated texts of earlier edits in the shard that a batch keeps quiet
+_REHEARSED = 48  # unrelated texts of earlier edits in the shard that a batch keeps quiet
 
 
 class Material:
@@ -60,6 +60,10 @@ class Material:
     def prefixes(self) -> list[str]:
         """Augmentation texts that the model wrote itself."""
         return self._samples[: self.config.prefixes]
+
+    @functools.cached_property
+    def _prefix_tokens(self) -> list[int]:
+        return [len(tokens.encode(self.tokenizer, f"{prefix}.")) for prefix in self.prefixes]
 
     @functools.cached_property
     def _quiet_pool(self) -> Texts:
@@ -120,7 +124,8 @@ class Material:
             texts = [edit.prompt, *(f"{prefix}. {edit.prompt}" for prefix in self.prefixes), *self._shortened(edit)]
             made = [tokens.encode_target(self.tokenizer, text, edit.target) for text in texts]
             stop = () if self.stop is None else (self.stop,)
-            made = [tokens.Example(row.prompt, row.target + stop) for row in made]
+            context = [0, *self._prefix_tokens] + [0] * self.config.dropped
+            made = [tokens.Example(r.prompt, r.target + stop, n) for r, n in zip(made, context, strict=True)]
             longest, context = max(len(r.prompt) + len(r.target) for r in made), self.architecture.context
             if context is not None and longest > context:
                 raise EditDataError(

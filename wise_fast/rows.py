@@ -20,6 +20,7 @@ from wise_fast.vocabulary import Likely
 
 _LIKE = 1.3  # how much longer than the bare prompts a variant may be, to be drawn in the same steps as those
 _PER_FORWARD = 32  # what one more forward costs, in tokens
+_PER_GROUP = 128  # the same of one more group: each step draws few of its rows, and pays little of its padding
 
 
 @dataclass(frozen=True)
@@ -48,20 +49,25 @@ class Group:
         numbers: of the rows, among all rows of the batch.
         batch, capture: of these rows.
         selected, features, before: per token [n*T, K or d_ff]: what the memory reads, the same protected, and the
-            response [n*T, d_out] of what the memory held at `begin`.
-        likely: part of the vocabulary that steps compute, or None for all of it.
+            response [n*T, d_out] of what the memory held; the latter two as of the row's last `begin`.
+        likely, head: part of the vocabulary that steps compute, and its weights; None for all of it.
     """
 
     def __init__(self, tail: Tail, memory: SideMemory, numbers: list[int], batch: Batch):
         self.tail, self.numbers, self.batch = tail, numbers, batch
         self.capture = tail.capture(batch.input_ids, batch.attention_mask)
         self.selected = memory.select(self.capture.a)
+        self.features = torch.zeros_like(self.selected)
+        self.before = self.selected.new_zeros(len(self.selected), memory.shape[0])
         self.likely: Likely | None = None
+        self.head: tuple[Tensor, Tensor | None] | None = None
 
-    def begin(self, memory: SideMemory, p: Tensor | None) -> None:
-        """Take what the memory holds, and what it protects, for the state that steps begin from."""
-        self.features = self.selected if p is None else self.selected @ p
-        self.before = memory.respond(self.selected)
+    def begin(self, places: Sequence[int], memory: SideMemory, p: Tensor | None) -> None:
+        """Take what the memory holds, and what it protects, for the state from which steps train these rows."""
+        tokens = self.tokens(places)
+        selected = self.selected[tokens]
+        self.features[tokens] = selected if p is None else selected @ p
+        self.before[tokens] = memory.respond(selected)
 
     @property
     def length(self) -> int:
@@ -93,7 +99,7 @@ class Group:
             nll = objective.token_nll(logits, labels)
         else:
             labels = self.likely.places[chosen]
-            logits = self.tail.replay(capture, y, positions, self.likely.tokens)
+            logits = self.tail.replay(capture, y, positions, self.head)
             nll = objective.restricted_nll(logits, labels, self.likely.rest[chosen])
         count = len(places)
         right = objective.row_mean((logits.argmax(-1) == labels).float(), row, count) > 0.999
@@ -126,7 +132,7 @@ class Rows:
         rows = [row for edit in examples for row in edit]
         self.groups = [
             Group(tail, memory, numbers, collate([rows[n] for n in numbers], pad, memory.values.device))
-            for numbers in buckets([len(row.prompt) + max(len(row.target) - 1, 0) for row in rows])
+            for numbers in buckets([len(row.prompt) + max(len(row.target) - 1, 0) for row in rows], _PER_GROUP)
         ]
         self._place = {n: (group, i) for group in self.groups for i, n in enumerate(group.numbers)}
 
@@ -155,11 +161,15 @@ class Rows:
     def restrict(self, looks: Sequence[tuple[Group, Sequence[int], Look]]) -> None:
         """Let later looks compute the likely tokens alone, given full looks at the bare prompts.
 
-        The n-th label of any other row takes the rest of the vocabulary from the bare row's n-th.
+        The n-th label of any other row takes the rest of the vocabulary from the bare row's n-th. What was likely
+        before still counts as likely.
         """
         logits = torch.cat([look.logits for *_, look in looks])
         labels = torch.cat([group.batch.labels[look.labels] for group, _, look in looks])
-        likely = Likely.of(logits, labels)
+        more = [group.batch.labels for group in self.groups]
+        more += [group.likely.tokens for group in self.groups[:1] if group.likely is not None]
+        likely = Likely.of(logits, labels, torch.cat(more))
+        head = self.groups[0].tail.head_of(likely.tokens)
         edit = torch.cat([_edits(group, self.variants)[look.labels] for group, _, look in looks])
         order = edit.argsort(stable=True)
         first = torch.searchsorted(edit[order], torch.arange(self.edits, device=edit.device))
@@ -169,7 +179,7 @@ class Rows:
             start = torch.searchsorted(row.contiguous(), torch.arange(len(group.numbers), device=row.device))
             rank = torch.arange(len(row), device=row.device) - start[row]
             source = order[first[owner] + torch.minimum(rank, count[owner] - 1)]
-            group.likely = likely.spread(source, group.batch.labels)
+            group.likely, group.head = likely.spread(source, group.batch.labels), head
 
 
 def _edits(group: Group, variants: int) -> Tensor:
@@ -177,13 +187,13 @@ def _edits(group: Group, variants: int) -> Tensor:
     return (torch.tensor(group.numbers, device=group.batch.row.device) // variants)[group.batch.row]
 
 
-def buckets(lengths: Sequence[int]) -> list[list[int]]:
-    """Row numbers by length, cut where padding would cost more than another forward does."""
+def buckets(lengths: Sequence[int], each: int = _PER_FORWARD) -> list[list[int]]:
+    """Row numbers by length, cut where padding would cost more than another forward does: `each`, in tokens."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     best: list[tuple[int, int]] = [(0, 0)]  # cost of the first n rows, and where their last bucket begins
     for end in range(1, len(order) + 1):
         longest = lengths[order[end - 1]]
-        best.append(min((best[cut][0] + (end - cut) * longest + _PER_FORWARD, cut) for cut in range(end)))
+        best.append(min((best[cut][0] + (end - cut) * longest + each, cut) for cut in range(end)))
     buckets, end = [], len(order)
     while end:
         buckets.append(sorted(order[best[end][1] : end]))

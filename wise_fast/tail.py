@@ -2,8 +2,9 @@
 
 `Tail.capture` runs the model's own forward until the projection is reached, keeps what each frozen module before it
 returned, and stops there. `Tail.replay` runs the same forward again, but every such module answers from the tape, the
-projection returns the tensor it is given, and the LM head sees label positions only. The model's own code does the
-rest (masks, residuals, later layers, final norm, soft-capping), so no architecture needs a tail of its own.
+projection returns the tensor it is given, and the last layer's FFN and the LM head see label positions only. The
+model's own code does the rest (masks, residuals, later layers, final norm, soft-capping), so no architecture needs a
+tail of its own.
 """
 
 from __future__ import annotations
@@ -108,25 +109,33 @@ class Tail:
             self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return found[0], tape
 
-    def replay(self, capture: Capture, y: Tensor, positions: Tensor, vocabulary: Tensor | None = None) -> Tensor:
+    def head_of(self, vocabulary: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The LM head's weight and bias for these tokens [V], for `replay`."""
+        head = self.model.get_submodule(self.architecture.head)
+        return head.weight.detach()[vocabulary], None if head.bias is None else head.bias.detach()[vocabulary]
+
+    def replay(self, capture: Capture, y: Tensor, positions: Tensor, head: tuple | None = None) -> Tensor:
         """Logits at label positions, given the projection's output.
 
         Args:
             capture: of the same rows.
             y: [B*T, d_out], differentiable; the projection's output in the model's dtype.
             positions: [M] int64 into the flattened [B*T] tokens.
-            vocabulary: [V] int64 tokens whose logits are wanted; None for all of them.
+            head: of `head_of`, for the logits of some tokens alone; None for the whole vocabulary.
 
         Returns:
             [M, V] logits, exactly those of a full forward whose projection returned `y`.
         """
         with self._playing(capture, y) as stack:
             stack.enter_context(self.head_at(positions))
-            if vocabulary is not None:
-                head = self.model.get_submodule(self.architecture.head)
-                bias = None if head.bias is None else head.bias[vocabulary]
-                rows = head.weight[vocabulary]
-                stack.enter_context(_forward(head, lambda h: nn.functional.linear(h, rows, bias)))
+            if self.architecture.last_ffn is not None:
+                ffn = self.model.get_submodule(self.architecture.last_ffn)
+                stack.enter_context(_forward(ffn, _at(positions, ffn.forward)))
+            module = self.model.get_submodule(self.architecture.head)
+            if head is not None:
+                stack.enter_context(_forward(module, lambda h: nn.functional.linear(h, *head)))
+            elif type(module) is nn.Linear:
+                stack.enter_context(_forward(module, functools.partial(_few_rows, module)))
             output = self.model(
                 input_ids=capture.input_ids, attention_mask=capture.attention_mask, use_cache=False, return_dict=True
             )
@@ -238,6 +247,23 @@ def _player(calls: list, forward: Callable) -> Callable:
         return forward(*args, **kwargs)  # the tail asks once more
 
     return play
+
+
+def _few_rows(head: nn.Linear, h: Tensor) -> Tensor:
+    """Logits of few tokens [1, M, d]: on a CPU, `W h^T` is faster than `h W^T`."""
+    logits = (head.weight @ h[0].t()).t().contiguous()[None]
+    return logits if head.bias is None else logits + head.bias
+
+
+def _at(positions: Tensor, forward: Callable) -> Callable:
+    """A token-wise module that computes these of the flattened tokens; the others, which nothing reads, are zero."""
+
+    def sparse(x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        some = forward(flat[None, positions])[0]
+        return torch.zeros_like(flat).index_copy(0, positions, some).view(x.shape)
+
+    return sparse
 
 
 def _stop_at(found: list[Tensor]) -> Callable:

@@ -13,10 +13,14 @@ from wise_fast.errors import ConfigError, EditDataError
 
 @dataclass(frozen=True)
 class Example:
-    """One training row: prompt ids, and the target's ids behind them (stop token last, when there is one)."""
+    """One training row: prompt ids, and the target's ids behind them (stop token last, when there is one).
+
+    The first `context` ids of the prompt are a text put in front of it. It is not scored: it cannot know of the edit.
+    """
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
+    context: int = 0
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Batch:
 
     Attributes:
         input_ids, attention_mask: [B, T].
-        prompt_mask: [B, T] bool, the tokens that routing scores.
+        prompt_mask: [B, T] bool, the tokens that routing scores: the prompt, less what was put in front of it.
         positions: [M] int64 into [B*T], the tokens whose next token is a label.
         labels: [M] int64.
         row: [M] int64, each label's row.
@@ -100,7 +104,7 @@ def collate(rows: Sequence[Example], pad: int, device: torch.device | str) -> Ba
         n = len(example.prompt)
         ids[i, :length] = torch.tensor((*example.prompt, *example.target[:-1]))
         seen[i, :length] = 1
-        prompt[i, :n] = True
+        prompt[i, example.context : n] = True
         positions += [i * size[1] + n - 1 + t for t in range(len(example.target))]
         labels += example.target
         row += [i] * len(example.target)

@@ -16,14 +16,14 @@ import wise_kernels as kernels
 from wise_fast import objective
 from wise_fast.config import WiseConfig
 from wise_fast.memory import SideMemory
-from wise_fast.protection import absorb
+from wise_fast.protection import gain, loss, strength_of
 from wise_fast.rows import Group, Look, Rows
 from wise_fast.tail import Tail
 from wise_fast.texts import Texts
 from wise_fast.tokens import Example
 from wise_fast.vocabulary import WHOLE_VOCABULARY
 
-_ROWS_AT_ONCE = 32  # in a forward over the whole vocabulary
+_ROUNDS = 3  # of training and judging a batch
 _LOUD = 0.95  # share of beta that an edit's score must reach
 _SLACK = 1.5  # what the NLL may be, in what an edit stops at, once the whole vocabulary is looked at
 _LOOK_EVERY = 4  # steps between two looks at all unrelated prompts
@@ -89,20 +89,25 @@ class Trainer:
         self.quiet = quiet
         self.quiet_selected = memory.select(quiet.a)
         self.lr = self._learning_rate()
-        self._begin_anew()
+        self.quiet_features = self.quiet_selected if p is None else self.quiet_selected @ p
+        self.quiet_before = memory.respond(self.quiet_selected)
+        self.quiet_score = quiet.limit.new_zeros(len(quiet.names))
         total = self.count * self.variants
-        self.held, self.nll, self.seen, self.looks = [False] * total, [float("inf")] * total, [0] * total, 0
+        self.held, self.nll, self.seen = [False] * total, [float("inf")] * total, [0] * total
+        self.steps, self.taken = [0] * self.count, 0
+        self.absorbed: dict[int, float] = {}  # lambda of each settled edit
+        self._begin_anew([])
 
-    def _begin_anew(self) -> None:
-        """Begin from what the memory holds now: no delta, no moments."""
-        for group in self.rows.groups:
-            group.begin(self.memory, self.p)
-        self.quiet_features = self.quiet_selected if self.p is None else self.quiet_selected @ self.p
-        self.quiet_before = self.memory.respond(self.quiet_selected)
-        self.quiet_score = self.quiet.limit.new_zeros(len(self.quiet.names))
-        self.z, self.steps = torch.zeros_like(self.memory.values), 0
+    def _begin_anew(self, edits: Sequence[int]) -> None:
+        """Begin to train these edits from what the memory holds now: no delta, no moments."""
+        for group, places in self.rows.split(self._numbers(edits)):
+            group.begin(places, self.memory, self.p)
+        self.z, self.since = torch.zeros_like(self.memory.values), 0
         buffers = 2 if self.config.optimizer == "adam" else int(self.config.momentum > 0)
         self.moments = [torch.zeros_like(self.z) for _ in range(buffers)]
+
+    def _numbers(self, edits: Sequence[int]) -> list[int]:
+        return [edit * self.variants + variant for edit in edits for variant in range(self.variants)]
 
     def _learning_rate(self) -> float:
         """One Adam step moves every weight by lr, so a token's output by about lr ||f||_1 sqrt(d_out)."""
@@ -116,53 +121,81 @@ class Trainer:
         return config.lr * self.unit**2 / max(float(taught.square().sum(-1).median()), 1e-12)
 
     def run(self) -> Fit:
-        """Step until every edit holds or the steps are used up.
+        """Train every edit until it holds or its steps are used up.
 
-        A few edits that need more steps than the rest of their batch do not move the others for so long: what holds
-        is settled, and the rest goes on under its protection.
+        What later edits of the batch have disturbed is trained again.
 
         Raises:
             EditDiverged: an edit's loss is NaN or infinite.
         """
-        config, steps = self.config, [0] * self.count
-        first, fine = self._begin(), [False] * self.count
-        last = list(first)
-        open_, active, early = list(range(self.count)), list(range(self.count)), []
-        # Without protection what was settled would be undone: the batch ends together.
-        few = 0 if self.p is None else self.count // 4
-        for step in range(1, config.max_steps + 1):
-            hushed = self._step(active, self._draw(active, step))
-            for edit in active:
-                steps[edit] = step
-            if step >= config.min_steps and config.nll > 0 and hushed:
-                active = [edit for edit in active if not self._claims(edit)]
-            if len(active) <= few and len(active) < len(open_) or step == config.max_steps:
-                for edit, nll, holds in zip(open_, *self._verify(open_), strict=True):
-                    last[edit], fine[edit] = nll, holds
-                settled = [edit for edit in open_ if fine[edit]]
-                if len(settled) == len(open_) or step == config.max_steps:
-                    self._settle(open_)
-                    break
-                if settled and self.p is not None:
-                    self._settle(settled)
-                    self._begin_anew()
-                    early += settled
-                    open_ = [edit for edit in open_ if edit not in settled]
-                active = [edit for edit in open_ if not fine[edit]]
-        if early:
-            self._begin_anew()
-            for edit, holds in zip(early, self._verify(early, full=False)[1], strict=True):
-                fine[edit] = holds
+        first, todo, rounds = self._begin(), list(range(self.count)), 0
+        while todo and rounds < _ROUNDS:
+            self._release(todo)
+            self._train(todo)
+            last, fine = self._verify()
+            todo = [e for e in range(self.count) if not fine[e] and self.steps[e] < self.config.max_steps]
+            rounds += 1
         keys = [self.rows.key(edit) for edit in range(self.count)]
-        return Fit(self.memory.values, self.p, keys, steps, first, last, fine)
+        return Fit(self.memory.values, self.p, keys, self.steps, first, last, fine)
+
+    def _train(self, edits: Sequence[int]) -> None:
+        """Steps for these edits, a few at a time: what claims to hold is settled, and the next takes its place.
+
+        The fewer at once, the fewer steps each takes. Without protection what was settled would be undone, so all are
+        trained at once and end together.
+        """
+        waiting, active, ended = list(edits), [], []
+        wave = len(waiting) if self.p is None else self.config.wave
+        while waiting or active or ended:
+            if not active or (self.p is not None and 2 * len(ended) >= wave):
+                self._settle(ended)
+                entering = waiting[: wave - len(active)]
+                active, waiting, ended = active + entering, waiting[len(entering) :], []
+                self._begin_anew(active)
+                continue
+            self._step(active, self._draw(active))
+            for edit in active:
+                self.steps[edit] += 1
+            ended += self._ended(active)
+            active = [edit for edit in active if edit not in ended]
+
+    def _ended(self, active: Sequence[int]) -> list[int]:
+        """Edits that are trained no further: they claim to hold and unrelated texts are quiet, or no steps are left."""
+        config, steps = self.config, self.steps
+        claiming = [e for e in active if steps[e] >= config.min_steps and config.nll > 0 and self._claims(e)]
+        if claiming and not self._hushed():
+            claiming = []
+        return [e for e in active if e in claiming or steps[e] >= config.max_steps]
+
+    @torch.no_grad()
+    def _hushed(self) -> bool:
+        """Whether all unrelated texts are quiet under what is written so far."""
+        response = self.quiet_before + self.memory.respond(self.quiet_features, self.z)
+        self.quiet_score = self._score_quiet(response, self.quiet.text)
+        return bool((self.quiet_score / self.unit <= _HUSH * self.config.alpha).all())
 
     def _settle(self, edits: Sequence[int]) -> None:
         """Fold the delta into the memory and protect these edits from what is learned next."""
         self.memory = self.memory.replace(values=self.memory.values + (self.z if self.p is None else self.p @ self.z))
-        if self.p is not None:
-            self.p = absorb(self.p, self.rows.taught(edits), self.config.protect_lambda)
+        self.quiet_before = self.quiet_before + self.memory.respond(self.quiet_features, self.z)
+        if self.p is not None and edits:
+            taught = self.rows.taught(edits)
+            scale = strength_of(self.p, taught, self.config.protect_lambda)
+            self._move_p(gain(self.p, taught, scale), -1.0)
+            self.absorbed |= dict.fromkeys(edits, scale)
 
-    def _draw(self, active: list[int], step: int) -> list[int]:
+    def _release(self, edits: Sequence[int]) -> None:
+        """Let these settled edits be moved again: take them out of what is protected."""
+        for edit in edits:
+            if edit in self.absorbed:
+                self._move_p(loss(self.p, self.rows.taught([edit]), self.absorbed.pop(edit)), 1.0)
+
+    def _move_p(self, half: Tensor, sign: float) -> None:
+        """`P + sign H^T H`, and the features that go with it."""
+        self.p = torch.addmm(self.p, half.t(), half, alpha=sign)
+        self.quiet_features = torch.addmm(self.quiet_features, self.quiet_selected @ half.t(), half, alpha=sign)
+
+    def _draw(self, active: list[int]) -> list[int]:
         """Rows of one step: of each active edit the bare prompt and a few others, or a few longer ones.
 
         Where there are longer variants, steps take turns between those and the bare prompt's kind, so that no row is
@@ -170,9 +203,9 @@ class Trainer:
         """
         others = min(self.config.prefixes_per_step, self.variants - 1)
         kinds = self.rows.kinds if others < self.variants - 1 else [range(self.variants)]
-        turn = kinds[(step - 1) % len(kinds)]
         rows = []
         for edit in active:
+            turn = kinds[self.steps[edit] % len(kinds)]
             drawn = torch.rand(self.variants, generator=self.generator).tolist()
             numbers = [edit * self.variants + variant for variant in turn if variant]
             numbers.sort(key=lambda n: (self.held[n], self.seen[n], drawn[n % self.variants]))
@@ -193,15 +226,16 @@ class Trainer:
     def _watched(self) -> Tensor:
         """[n] bool, the quiet texts to look at in this step: all every few steps, else those near their margin.
 
-        The margin of the others has no gradient, and there are more of their tokens than of the edits'.
+        The margin of the others has no gradient, and there are more of their tokens than of the edits'. The first step
+        shows what the memory did before, the second what the first one did.
         """
-        if self.steps % _LOOK_EVERY == 1:
+        if self.taken == 1 or self.taken % _LOOK_EVERY == 2:
             return torch.ones_like(self.quiet_score, dtype=torch.bool)
         return self.quiet_score >= _NEAR * self.config.alpha * self.unit
 
-    def _step(self, active: list[int], rows: list[int]) -> bool:
-        """One optimiser step on these rows; says whether the quiet texts were quiet before it."""
-        self.steps += 1
+    def _step(self, active: list[int], rows: list[int]) -> None:
+        """One optimiser step on these rows."""
+        self.taken, self.since = self.taken + 1, self.since + 1
         watched = self._watched()
         tokens = watched[self.quiet.text].nonzero()[:, 0]
         features = [self.quiet_features[tokens]]
@@ -230,23 +264,21 @@ class Trainer:
             probe = probe.index_add(0, edit, 0 * gradient.view(len(edit), -1).sum(1))
         self._check_finite(probe[active], active)
         self._update(torch.cat(features), torch.cat(gradients))
-        return bool((self.quiet_score / self.unit <= _HUSH * self.config.alpha).all())
 
     def _note(self, group: Group, places: Sequence[int], look: Look) -> None:
         """Remember what each row was like when last seen."""
-        self.looks += 1
         loud = look.score.detach() / self.unit >= _LOUD * self.config.beta
         rows = zip(places, (look.right & loud).tolist(), look.nll.tolist(), strict=True)
         for place, held, nll in rows:
             number = group.numbers[place]
-            self.held[number], self.nll[number], self.seen[number] = held, nll, self.looks
+            self.held[number], self.nll[number], self.seen[number] = held, nll, self.taken
 
     def _claims(self, edit: int, slack: float = 1.0) -> bool:
         """Whether all rows of an edit, as last seen, are right and loud enough, and their mean NLL is low enough."""
-        first = edit * self.variants
-        rows = [n for n in range(first, first + self.variants) if self.seen[n]]
+        rows = [n for n in self._numbers([edit]) if self.seen[n]]
         # Rows that were never drawn are left to the verification, once there was time to draw them.
-        if not self.seen[first] or (len(rows) < self.variants and self.steps < 2 * self.config.min_steps):
+        few = len(rows) < self.variants and self.steps[edit] < 2 * self.config.min_steps
+        if few or not self.seen[edit * self.variants]:
             return False
         mean = sum(self.nll[n] for n in rows) / len(rows)
         return all(self.held[n] for n in rows) and mean <= slack * max(self.config.nll, 0.05)
@@ -260,7 +292,7 @@ class Trainer:
         config = self.config
         settings = dict(
             lr=self.lr,
-            step=self.steps,
+            step=self.since,
             optimizer=config.optimizer,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
@@ -274,34 +306,37 @@ class Trainer:
     @torch.no_grad()
     def _begin(self) -> list[float]:
         """NLL of every edit's bare prompt before training; chooses the tokens that the first steps compute."""
-        nll, looks = [0.0] * self.count, []
-        for group, places in self.rows.split(self.rows.bare()):
-            look = group.look(places, self._response(group, places), self.config.reduction, full=True)
-            looks.append((group, places, look))
-            for place, value in zip(places, look.nll.tolist(), strict=True):
-                nll[group.numbers[place] // self.variants] = value
+        looks = self._look(self.rows.bare(), full=True)
+        self._restrict(looks)
+        nll = {group.numbers[p]: x for group, places, look in looks for p, x in zip(places, look.nll.tolist())}
+        return [nll[number] for number in self.rows.bare()]
+
+    def _look(self, numbers: Sequence[int], full: bool) -> list[tuple[Group, list[int], Look]]:
+        """These rows under what the memory holds."""
+        found = []
+        for group, places in self.rows.split(numbers):
+            response = self.memory.respond(group.selected[group.tokens(places)])
+            found.append((group, places, group.look(places, response, self.config.reduction, full)))
+        return found
+
+    def _restrict(self, looks: Sequence[tuple[Group, list[int], Look]]) -> None:
         if looks[0][2].logits.shape[1] > WHOLE_VOCABULARY:
             self.rows.restrict(looks)
-        return nll
 
     @torch.no_grad()
-    def _verify(self, edits: Sequence[int], full: bool = True) -> tuple[list[float], list[bool]]:
-        """NLL and success of these edits over all of their rows, and over the whole vocabulary if `full`.
+    def _verify(self) -> tuple[list[float], list[bool]]:
+        """NLL and success of every edit: on the bare prompt over the whole vocabulary, on other rows the likely part.
 
-        Where a row does not hold, also chooses anew which tokens the next steps compute for it.
+        Unless all hold, also chooses anew which tokens the next steps compute.
         """
-        rows = [edit * self.variants + variant for edit in edits for variant in range(self.variants)]
-        for group, chosen in self.rows.split(rows):
-            for first in range(0, len(chosen), _ROWS_AT_ONCE):
-                places = sorted(chosen)[first : first + _ROWS_AT_ONCE]
-                look = group.look(places, self._response(group, places), self.config.reduction, full)
-                self._check_finite(look.nll, [group.numbers[place] // self.variants for place in places])
-                self._note(group, places, look)
-                good = look.right & (look.nll <= _SLACK * max(self.config.nll, 0.05))
-                if full and group.likely is not None and not bool(good.all()):
-                    fine = torch.ones(len(group.numbers), dtype=torch.bool, device=good.device)
-                    fine[places] = good
-                    wrong = ~fine[group.batch.row[look.labels]]
-                    group.likely = group.likely.renew(look.labels, look.logits, wrong, group.batch.labels)
-        means = [sum(self.nll[e * self.variants : (e + 1) * self.variants]) / self.variants for e in edits]
-        return means, [self._claims(edit, _SLACK) for edit in edits]
+        bare = self.rows.bare()
+        looks = self._look(bare, full=True)
+        others = [n for n in self._numbers(range(self.count)) if n % self.variants]
+        for group, places, look in looks + self._look(others, full=False):
+            self._check_finite(look.nll, [group.numbers[place] // self.variants for place in places])
+            self._note(group, places, look)
+        means = [sum(self.nll[n] for n in self._numbers([edit])) / self.variants for edit in range(self.count)]
+        fine = [self._claims(edit, _SLACK) for edit in range(self.count)]
+        if not all(fine):
+            self._restrict(looks)
+        return means, fine

@@ -1,8 +1,8 @@
 """The part of a large vocabulary that edit steps compute.
 
 With 262k tokens the LM head is the largest matmul there is, and nearly all of its probability sits on few tokens. The
-whole head runs when an edit begins and when it claims to hold; the steps between use the likeliest tokens and keep the
-rest's share of the partition function as last computed.
+whole head runs on the bare prompts, when a batch begins and when it ends; everything between uses the likeliest tokens
+and keeps the rest's share of the partition function as last computed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 WHOLE_VOCABULARY = 16384  # up to here the whole head is computed at every step
-LIKELY_TOKENS = 256  # per label position
+LIKELY_TOKENS = 64  # per label position
 
 
 @dataclass(frozen=True)
@@ -31,28 +31,14 @@ class Likely:
     places: Tensor
 
     @classmethod
-    def of(cls, logits: Tensor, labels: Tensor, top: int = LIKELY_TOKENS) -> Likely:
-        """From complete logits [M, vocabulary] and their labels [M]."""
-        tokens = torch.cat([logits.topk(top, -1).indices.flatten(), labels]).unique()
+    def of(cls, logits: Tensor, labels: Tensor, more: Tensor, top: int = LIKELY_TOKENS) -> Likely:
+        """From complete logits [M, vocabulary] and their labels [M]; `more` tokens are computed in any case."""
+        tokens = torch.cat([logits.topk(top, -1).indices.flatten(), labels, more]).unique()
         return cls(tokens, _rest(logits, tokens), torch.searchsorted(tokens, labels))
 
     def spread(self, source: Tensor, labels: Tensor) -> Likely:
-        """For more label positions, each taking the rest of the position `source` [M] that it resembles."""
-        tokens = torch.cat([self.tokens, labels]).unique()
-        return Likely(tokens, self.rest[source], torch.searchsorted(tokens, labels))
-
-    def renew(self, places: Tensor, logits: Tensor, wrong: Tensor, labels: Tensor, top: int = LIKELY_TOKENS) -> Likely:
-        """With the likeliest tokens of label positions that went wrong.
-
-        Args:
-            places: [m] label positions that were looked at.
-            logits: [m, vocabulary] their complete logits.
-            wrong: [m] bool, those whose likeliest tokens are wanted; the rest is renewed of all.
-            labels: [M] of all positions.
-        """
-        tokens = torch.cat([self.tokens, logits[wrong].topk(top, -1).indices.flatten()]).unique()
-        rest = self.rest.index_copy(0, places, _rest(logits, tokens))
-        return Likely(tokens, rest, torch.searchsorted(tokens, labels))
+        """For other label positions, with labels among `tokens`: each takes the rest of the position `source` [M]."""
+        return Likely(self.tokens, self.rest[source], torch.searchsorted(self.tokens, labels))
 
 
 def _rest(logits: Tensor, tokens: Tensor) -> Tensor:
