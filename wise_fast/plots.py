@@ -90,7 +90,7 @@ def per_edit(curves: Sequence[Curve], title: str, label: str) -> bytes:
         high = max(max(y for _, y in line) for line in medians)
         axes.set_ylim(0, 1.15 * max(high, every[int(0.98 * (len(every) - 1))], 1e-9))
     _name_lines(
-        axes, [(f"{c.name}  {m:.3g}", line[-1], _style(c)[0]) for c, m, line in zip(curves, middle, medians)]
+        axes, [(f"{c.name}  {_value(m)}", line[-1], _style(c)[0]) for c, m, line in zip(curves, middle, medians)]
     )
     return _png(figure)
 
@@ -102,7 +102,7 @@ def total(curves: Sequence[Curve], title: str, label: str) -> bytes:
         _line(axes, curve, marker=len(curve.points) < 12)
     high = max(y for curve in curves for _, y in curve.points)
     axes.set_ylim(0, 1.1 * high if high > 0 else 1)
-    _name_lines(axes, [(f"{c.name}  {c.points[-1][1]:.4g}", c.points[-1], _style(c)[0]) for c in curves])
+    _name_lines(axes, [(f"{c.name}  {_value(c.points[-1][1])}", c.points[-1], _style(c)[0]) for c in curves])
     return _png(figure)
 
 
@@ -122,7 +122,7 @@ def routing(ratios: Mapping[str, Sequence[float]], title: str) -> bytes:
     axes.grid(False, axis="y")
     axes.grid(True, axis="x", color=_GRID, linewidth=0.8)
     top = len(rows) - 0.3
-    axes.text(0.97, top, "main memory answers", ha="right", va="center", fontsize=_FONT - 1.5, color="#555555")
+    axes.text(0.97, top, "out of scope", ha="right", va="center", fontsize=_FONT - 1.5, color="#555555")
     axes.text(1.03, top, "in scope", ha="left", va="center", fontsize=_FONT - 1.5, color="#555555")
     return _png(figure)
 
@@ -137,8 +137,9 @@ def _strip(axes, place: int, values: Sequence[float], colour: str, high: float) 
     axes.plot([middle] * 2, [place - 0.33, place + 0.33], color="white", linewidth=4.5, zorder=4)
     axes.plot([middle] * 2, [place - 0.33, place + 0.33], color=colour, linewidth=2.2, zorder=5)
     beyond = sum(v > high for v in values)
-    text = f"{sum(v > 1 for v in values) / len(values):.0%} in scope"
-    text += f"\nmedian {median(values):.3g}" + (f"\n{beyond} beyond the edge" if beyond else "")
+    text = f"{_percent(sum(v > 1 for v in values) / len(values))} in scope"
+    text += f"\nmedian {_value(middle)}" if middle < high else f"\nmedian beyond {_value(high)}"
+    text += f"\n{beyond} beyond the edge" if beyond else ""
     axes.annotate(
         text, (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=_FONT - 1, color=colour
     )
@@ -239,29 +240,43 @@ def _name_lines(axes, ends: Sequence[tuple[str, tuple[float, float], str]]) -> N
             color=colour,
             parse_math=False,
             annotation_clip=False,
-            arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.8, alpha=0.6, shrinkA=1, shrinkB=4),
+            arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.8, alpha=0.6, shrinkA=1, shrinkB=4, relpos=(0, 0.5)),
         )
 
 
 def spread_out(wanted: Sequence[float], gap: float) -> list[float]:
-    """Places as near as may be to those wanted, in the same order, at least `gap` apart, within 0 to 1 if they fit."""
+    """Places in the order of those wanted, at least `gap` apart: names that would touch stand around their mean.
+
+    All lie within 0 to 1 if they fit.
+    """
     order = sorted(range(len(wanted)), key=lambda i: (wanted[i], -i))
-    top = max(1.0, gap * (len(wanted) - 1))
-    placed: list[float] = []
+    groups: list[list[float]] = []  # of neighbours: [count, mean of the places wanted]
     for i in order:
-        placed.append(max([max(0.0, wanted[i]), *(p + gap for p in placed[-1:])]))
-    limit = top
-    for place in range(len(placed) - 1, -1, -1):
-        placed[place] = min(placed[place], limit)
-        limit = placed[place] - gap
+        groups.append([1, wanted[i]])
+        while len(groups) > 1 and groups[-1][1] - groups[-2][1] < gap * (groups[-1][0] + groups[-2][0]) / 2:
+            (m, one), (n, other) = groups[-2:]
+            groups[-2:] = [[m + n, (m * one + n * other) / (m + n)]]
+    placed = [mean + gap * (k - (count - 1) / 2) for count, mean in groups for k in range(int(count))]
+    for k in range(len(placed)):  # up from the lower edge, then down from the upper
+        placed[k] = max(placed[k], k * gap)
+    for k in range(len(placed)):
+        placed[-1 - k] = min(placed[-1 - k], 1 - k * gap)
     heights = [0.0] * len(wanted)
     for i, height in zip(order, placed, strict=True):
         heights[i] = height
     return heights
 
 
-def _value(value: float, share: bool) -> str:
-    return f"{value:.3f}" if share else f"{value:.3g}"
+def _value(value: float, share: bool = False) -> str:
+    if share:
+        return f"{value:.3f}"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _percent(share: float) -> str:
+    """Never rounded to all or none where it is neither."""
+    text = f"{share:.1%}" if 0 < share < 1 else f"{share:.0%}"
+    return {"100.0%": "over 99.9%", "0.0%": "below 0.1%"}.get(text, text)
 
 
 def _png(figure) -> bytes:

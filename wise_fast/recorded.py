@@ -16,6 +16,7 @@ from typing import Any
 from wise_fast.errors import StorageError
 
 FORMAT, VERSION = "wise_fast run", 1
+OURS = "wise_fast"
 HEADER, JOURNAL, EVALUATIONS = "run.json", "journal.jsonl", "evaluations.jsonl"
 
 
@@ -96,7 +97,7 @@ def read_runs(directories: Iterable[Path]) -> list[Run]:
         if not places:
             raise StorageError(f"{directory}: there is no {HEADER} in it or below, expected a directory of a run")
         found += [read_run(place) for place in places]
-    return _named(found)
+    return _named(sorted(found, key=lambda run: run.name != OURS))  # ours first, the others as they were given
 
 
 def read_run(directory: Path) -> Run:

@@ -20,19 +20,20 @@ from wise_fast.report_html import html
 _WORST = 15
 _MB = 1e6
 _ORDER = ("reliability", "generalization", "ood", "perplexity", "locality", "efficacy", "efficacy_rephrased")
+# name: (title of its plot, what it is)
 _MEANINGS = {
-    "reliability": "share of target tokens right, the edits' own prompts",
-    "generalization": "share of target tokens right, paraphrases",
-    "locality": "share of tokens unchanged, unrelated prompts",
-    "ood": "share of likely tokens, out-of-distribution passages",
-    "perplexity": "perplexity of the targets",
-    "efficacy": "share where the target is likelier than the truth",
-    "efficacy_rephrased": "share where the target is likelier than the truth, paraphrases",
-    "specificity": "share of neighbours whose own answer is likelier",
-    "exact": "share of free answers that are the target",
-    "exact_rephrased": "share of free answers that are the target, paraphrases",
-    "perplexity_after": "perplexity on held-out text",
-    "perplexity_before": "perplexity on held-out text, unedited model",
+    "reliability": ("Reliability", "target tokens right, edited prompts"),
+    "generalization": ("Generalization", "target tokens right, paraphrases"),
+    "locality": ("Locality", "tokens unchanged, unrelated prompts"),
+    "ood": ("Out-of-distribution passages", "tokens with a probability above 0.8"),
+    "perplexity": ("Perplexity of the targets", "perplexity"),
+    "efficacy": ("Efficacy", "target likelier than the truth"),
+    "efficacy_rephrased": ("Efficacy, paraphrases", "target likelier than the truth"),
+    "specificity": ("Specificity", "neighbours' own answer likelier than the target"),
+    "exact": ("Free answers", "answers that are the target, edited prompts"),
+    "exact_rephrased": ("Free answers to paraphrases", "answers that are the target, paraphrases"),
+    "perplexity_after": ("Perplexity on held-out text", "perplexity"),
+    "perplexity_before": ("Perplexity on held-out text, unedited", "perplexity"),
 }
 _SHORT = {"reliability": "Rel", "generalization": "Gen", "locality": "Loc", "ood": "OOD", "perplexity": "PPL"}
 _UNPLOTTED = ("perplexity_before",)
@@ -114,9 +115,10 @@ def _result(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
         figures = run.last["figures"] if run.last else {}
         rows.append([shown(run.name), str(run.last["t"] if run.last else 0), *(_cell(figures.get(n)) for n in names)])
         rows[-1] += _costs(run)
-    known = [f"{_label(name)}: {_MEANINGS[name]}" for name in names if name in _MEANINGS]
-    text = [Paragraph("; ".join([*known, "s per edit: median wall time; peak MB: resident memory of the process"]) + ".")]
-    return [Heading("Result"), Grid(columns, rows, frozenset(columns[1:])), *text]
+    known = [f"{_label(name)}: {': '.join(_MEANINGS[name])}" for name in names if name in _MEANINGS]
+    costs = "s per edit: median wall time; peak MB: resident memory of the process, the model included"
+    text = Paragraph("; ".join([*known, costs]) + ".")
+    return [Heading("Result"), Grid(columns, rows, frozenset(columns[1:])), text]
 
 
 def _costs(run: Run) -> list[str]:
@@ -273,9 +275,9 @@ def _quality_plots(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
         if not curves or name in _UNPLOTTED:
             continue
         share = not name.startswith(_PERPLEXITY) and max(y for c in curves for _, y in c.points) <= 1
-        title = name.replace("_", " ").capitalize() if name not in _SHORT.values() else name
-        label = _MEANINGS.get(name, name)
-        png = plots.against_t(curves, title, label if len(label) < 50 else name, share, _reference(runs, name))
+        title, label = _MEANINGS.get(name, (name.replace("_", " ").capitalize(), name.replace("_", " ")))
+        label = f"share of {label}" if share and name in _MEANINGS and len(label) < 36 else label
+        png = plots.against_t(curves, title, label, share, _reference(runs, name))
         ends = ", ".join(f"{c.name} {_cell(c.points[-1][1])} at T = {c.points[-1][0]}" for c in curves)
         blocks.append(Picture(_slug(name), png, f"{title} against the number of edits: {ends}."))
     return [Heading("Quality against the number of edits"), *blocks] if blocks else []
