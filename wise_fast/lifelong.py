@@ -18,14 +18,13 @@ the digest of the state after each batch must be the journal's, or the run stops
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from wise_fast import run_header
+from wise_fast import gauges, run_header
 from wise_fast.checkpoint import Checkpoints, Digester
 from wise_fast.data import Edit, deduplicate
 from wise_fast.errors import ConfigError, StorageError, WiseError
@@ -34,11 +33,6 @@ from wise_fast.routing_scores import routing_ratios
 from wise_fast.run_settings import RunSettings, batches
 from wise_fast.state import EditReport
 from wise_fast.tasks import TASKS, general_ability
-
-try:
-    import resource
-except ImportError:  # not a POSIX system
-    resource = None
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +131,8 @@ class Run:
         self._digests: list[str | None] = []
         self._figures: dict[int, dict] = {}
         self._failed, self._seconds = 0, 0.0
+        self._held_out: float | None = None
+        self._at = 0  # batches that the method's state has behind it
 
     def _header(self, model: str | None, source: Path | None) -> dict:
         known = run_header.describe_method(self.method)
@@ -175,10 +171,12 @@ class Run:
             self._journal = stack.enter_context(Journal(self.out / JOURNAL))
             self._evaluations = stack.enter_context(Journal(self.out / EVALUATIONS))
             self._read()
-            start = self._restore()
-            watcher.begins(self._plan[start - 1][1] if start else 0, self.acknowledged)
+            self._at = self._restore()
+            done = self._plan[self._at - 1][1] if self._at else 0
+            watcher.begins(done, self.acknowledged)
             try:
-                for number in range(start, len(self._plan)):
+                self._evaluate(done, watcher)
+                for number in range(self._at, len(self._plan)):
                     self._batch(number, watcher)
                     self._evaluate(self._plan[number][1], watcher)
             except KeyboardInterrupt:
@@ -186,6 +184,68 @@ class Run:
                 raise
         evaluations = tuple({"t": t, "figures": self._figures[t]} for t in self.points)
         return RunSummary(self.T, self._failed, self._seconds, self._digests[-1], evaluations)
+
+    def _batch(self, number: int, watcher: Watcher) -> None:
+        """Learn a batch and write it down, or check it against what is written of it."""
+        first, end = self._plan[number]
+        start = time.perf_counter()
+        reports = self.method.edit(self.edits[first:end])
+        digest = self._digester.digest(self.method.state) if self._stateful else None
+        if number < len(self._digests):
+            self._require_replayed(number, digest)
+        else:
+            line = {
+                "batch": number + 1,
+                "first": first,
+                "reports": [report.to_dict() for report in reports],
+                "seconds": time.perf_counter() - start,
+                "rss": gauges.peak_bytes(),
+                **gauges.served(self.method),
+                "digest": digest,
+            }
+            self._journal.append(line)
+            self._count(line)
+        self._at = number + 1
+        watcher.edited(end, reports)
+        every = self.settings.checkpoint_every
+        if self._stateful and (end // every > first // every or end in self.points):
+            self._checkpoints.save(self._at, self.method.state)
+
+    def _count(self, line: dict) -> None:
+        """Take a line of the journal into the run's totals."""
+        self._digests.append(line["digest"])
+        self._seconds += line["seconds"]
+        self._failed += sum(not r["success"] and not r["note"].startswith("superseded") for r in line["reports"])
+
+    def _evaluate(self, t: int, watcher: Watcher) -> None:
+        """Score all edits so far that a later one does not supersede, if it is time and was not done before."""
+        if t not in self.points or t in self._figures:
+            return
+        start = time.perf_counter()
+        edits, _ = deduplicate(self.edits[:t])
+        task, generate = TASKS[self.settings.task], self.settings.generate
+
+        def told(part: int):
+            return lambda work, total: watcher.evaluating(t, part * total + work, 2 * total)
+
+        # Asked anew each time, so that an evaluation depends on nothing but the state and the edits.
+        before = task.before(self.method, edits, generate, told(0))
+        found = task.score(self.method, edits, generate, before, told(1))
+        held_out = general_ability(self.method, before=self._held_out)
+        self._held_out = held_out["perplexity_before"]
+        line = {
+            "method": self.name,
+            "task": self.settings.task,
+            "t": t,
+            "figures": found.summary() | held_out,
+            "unedited": found.summary_before(),
+            "scores": [score.to_dict() for score in found.scores],
+            "routing": routing_ratios(self.method, edits, self.header["seed"] or 0),
+            "seconds": time.perf_counter() - start,
+        }
+        self._evaluations.append(line)
+        self._figures[t] = jsonable(line["figures"])
+        watcher.evaluated(t, self._figures[t])
 
     # -- resuming -----------------------------------------------------------------------------------------------
 
@@ -210,10 +270,30 @@ class Run:
         ends = [end for _, end in self._plan]
         most = ends.index(missing[0]) + 1 if missing else len(self._digests)
         if not self._stateful:
-            return most if most == len(self._plan) and not missing else 0
+            return len(self._plan) if len(self._digests) == len(self._plan) and not missing else 0
         number, state = self._checkpoints.latest(self._digests, most, self.method.device)
         if number:
             self.method.state = state
-        if missing and number and ends[number - 1] == missing[0]:
-            self._evaluate_missing = missing[0]
         return number
+
+    def _require_replayed(self, number: int, digest: str | None) -> None:
+        """Raise StorageError unless the batch gave the same state again."""
+        if digest == self._digests[number]:
+            return
+        now = run_header.libraries(self.method.device)
+        raise StorageError(
+            f"{self.out}: batch {number + 1} gave another state than the journal has (digest {str(digest)[:12]}, "
+            f"journal {str(self._digests[number])[:12]}), so this would not be the same run any more "
+            f"({run_header.differences(self.header, now)}). Nothing was written. Resume with the libraries, threads and "
+            "device that it was begun with"
+        )
+
+    def _leave(self) -> None:
+        """Keep the state for resuming, if it is one that the journal has."""
+        if not self._stateful or not self._at or self._at in self._checkpoints.numbers():
+            return
+        try:
+            if self._digester.digest(self.method.state) == self._digests[self._at - 1]:
+                self._checkpoints.save(self._at, self.method.state)
+        except WiseError as error:
+            logger.warning("no checkpoint could be written: %s", error)
