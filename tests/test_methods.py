@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-#LLfrom bench import lifelong, methods, records
+# LLfrom bench import lifelong, methods, records
 from bench.ftl import FTL, FTLConfig
 from bench.grace import Codebook, Grace, GraceConfig
 from bench.methods import NAMES, digest, make_method, served

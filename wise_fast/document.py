@@ -56,7 +56,9 @@ def shown(text: object, longest: int = _LONGEST) -> str:
 def _visible(character: str) -> str:
     category = unicodedata.category(character)
     # Cf holds the joiners that emoji are made of, and the overrides that turn the rest of a line around.
-    hidden = category in ("Cc", "Cs", "Co") or ("\u202a" <= character <= "\u202e") or ("\u2066" <= character <= "\u2069")
+    hidden = (
+        category in ("Cc", "Cs", "Co") or ("\u202a" <= character <= "\u202e") or ("\u2066" <= character <= "\u2069")
+    )
     return f"\\u{ord(character):04x}" if hidden else character
 
 

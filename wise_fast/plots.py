@@ -132,7 +132,9 @@ def _strip(axes, place: int, values: Sequence[float], colour: str, high: float) 
     inside = [min(v, high) for v in values]
     # Steps of the golden ratio: even at any count, and the same every time.
     levels = [place + 0.46 * ((i * 0.618034) % 1 - 0.5) for i in range(len(values))]
-    axes.scatter(inside, levels, s=16, color=colour, alpha=max(0.25, min(0.7, 60 / len(values))), linewidths=0, zorder=3)
+    axes.scatter(
+        inside, levels, s=16, color=colour, alpha=max(0.25, min(0.7, 60 / len(values))), linewidths=0, zorder=3
+    )
     middle = min(median(values), high)
     axes.plot([middle] * 2, [place - 0.33, place + 0.33], color="white", linewidth=4.5, zorder=4)
     axes.plot([middle] * 2, [place - 0.33, place + 0.33], color=colour, linewidth=2.2, zorder=5)
@@ -240,7 +242,9 @@ def _name_lines(axes, ends: Sequence[tuple[str, tuple[float, float], str]]) -> N
             color=colour,
             parse_math=False,
             annotation_clip=False,
-            arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.8, alpha=0.6, shrinkA=1, shrinkB=4, relpos=(0, 0.5)),
+            arrowprops=dict(
+                arrowstyle="-", color=colour, linewidth=0.8, alpha=0.6, shrinkA=1, shrinkB=4, relpos=(0, 0.5)
+            ),
         )
 
 

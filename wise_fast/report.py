@@ -68,7 +68,9 @@ def write_report(directories: Iterable[str | os.PathLike], out: str | os.PathLik
             part.write_bytes(content)
             part.replace(out / name)
     except OSError as error:
-        raise StorageError(f"{out}: the report cannot be written ({error.strerror}); check the path and its space") from error
+        raise StorageError(
+            f"{out}: the report cannot be written ({error.strerror}); check the path and its space"
+        ) from error
     return [out / name for name in files]
 
 
@@ -108,7 +110,7 @@ def _result(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
     """One row a method: its last figures and what they cost; the unedited model's first, where it was asked."""
     columns = ["method", "T", *map(_label, names), "s per edit", "edits that hold", "memories", "served MB", "peak MB"]
     rows = []
-    before = next((r.last["before"] for r in runs if r.last and isinstance(r.last.get("before"), Mapping)), None)
+    before = next((r.last["unedited"] for r in runs if r.last and isinstance(r.last.get("unedited"), Mapping)), None)
     if before is not None:
         rows.append(["unedited model", "–", *(_cell(before.get(name)) for name in names), *["–"] * 5])
     for run in runs:
@@ -202,7 +204,9 @@ def _failed(runs: Sequence[Run]) -> list[Block]:
             edit, losses = reports[i].get("edit") or {}, (reports[i].get("loss_before"), reports[i].get("loss"))
             texts = [shown(edit.get("prompt", "–")), shown(edit.get("target", "–"))]
             loss = " → ".join(map(_cell, losses))
-            rows.append([str(i + 1), *texts, _count(reports[i].get("steps")), loss, shown(reports[i].get("note") or "–")])
+            rows.append(
+                [str(i + 1), *texts, _count(reports[i].get("steps")), loss, shown(reports[i].get("note") or "–")]
+            )
         title = f"{shown(run.name)}: {len(bad)} of {len(reports)} edits" + (
             f", the first {_WORST} shown" if len(bad) > _WORST else ""
         )
@@ -287,7 +291,7 @@ def _reference(runs: Sequence[Run], name: str) -> tuple[str, float] | None:
     """The unedited model's value of a figure, of all edits at the end, where it was asked."""
     for run in runs:
         figures = run.last["figures"] if run.last else {}
-        before = run.last.get("before") if run.last else None
+        before = run.last.get("unedited") if run.last else None
         level = figures.get("perplexity_before") if name == "perplexity_after" else (before or {}).get(name)
         if name != "locality" and (value := number(level)) is not None:
             return "unedited", value
@@ -305,7 +309,9 @@ def _routing_plots(runs: Sequence[Run]) -> list[Block]:
             continue
         png = plots.routing(values, f"{run.name}: routing at T = {found['t']}")
         shares = ", ".join(f"{sum(x > 1 for x in v) / len(v):.1%} of {_KINDS[k]}" for k, v in values.items() if v)
-        caption = f"{run.name}, T = {found['t']}: routing score over its threshold, a dot a prompt; in scope are {shares}."
+        caption = (
+            f"{run.name}, T = {found['t']}: routing score over its threshold, a dot a prompt; in scope are {shares}."
+        )
         blocks.append(Picture(f"routing-{_slug(run.name)}", png, caption))
     return [Heading("Routing"), *blocks] if blocks else []
 

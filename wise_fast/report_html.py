@@ -43,9 +43,7 @@ def _block(block: Block) -> str:
         return f"<p>{escape(block.text)}</p>"
     if isinstance(block, Picture):
         data, caption = base64.b64encode(block.png).decode("ascii"), escape(block.caption)
-        return (
-            f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
-        )
+        return f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
     return _grid(block)
 
 
