@@ -1,19 +1,16 @@
 """The small baselines of bench/: they teach, they leave no trace, and each does what its paper says."""
 
-import copy
 import json
-import sys
 
 import pytest
 import torch
 
 # LLfrom bench import lifelong, methods, records
 from bench.ftl import FTL, FTLConfig
-from bench.grace import Codebook, Grace, GraceConfig
+from bench.grace import Codebook
 from bench.methods import NAMES, digest, make_method, served
-from bench.plain_wise import PlainWise, PlainWiseConfig
 from tests.edited import ELSEWHERE, FACTS, QUICK, TEXTS, logits, same, wide_model
-from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
+from tests.tiny import tiny_model, tiny_tokenizer
 from wise_fast import Edit, WiseEditor, metrics
 from wise_fast.errors import ConfigError, EditDataError
 

@@ -226,7 +226,7 @@ def _line(axes, curve: Curve, marker: bool) -> None:
 
 
 def _name_lines(axes, ends: Sequence[tuple[str, tuple[float, float], str]]) -> None:
-    """Write each name right of the axes, near the end of its line; names keep their distance, thin lines lead to them."""
+    """Write each name right of the axes, near the end of its line and with a thin one to it; names keep a distance."""
     to_axes = axes.transData + axes.transAxes.inverted()
     wanted = [tuple(to_axes.transform(point)) for _, point, _ in ends]
     heights = spread_out([y for _, y in wanted], _GAP)
