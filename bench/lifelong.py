@@ -2,7 +2,7 @@
 
 Every method starts from the same unedited model, learns the same edits in the same order, and is scored by the same
 task at the same points. Each has a run directory of its own in DIR, of the format that `wise-fast run` writes (without
-checkpoints: a side-by-side run is not resumed). Then come one table, rows in bench/results/lifelong.csv, and the report.
+checkpoints: a side-by-side run is not resumed). A table, rows in bench/results/lifelong.csv and a report follow.
 """
 
 from __future__ import annotations
