@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-# LLfrom bench import lifelong, methods, records
+from bench import lifelong, records
 from bench.ftl import FTL, FTLConfig
 from bench.grace import Codebook
 from bench.methods import NAMES, digest, make_method, served
