@@ -85,7 +85,7 @@ def test_shares_are_drawn_on_the_whole_axis_and_costs_from_zero(monkeypatch):
     curves = [Curve("a", [(1, 0.99), (100, 0.98)])]
     axes = axes_of(monkeypatch, lambda: against_t(curves, "t", "y", share=True))
     assert axes.get_ylim()[0] <= 0 and axes.get_ylim()[1] >= 1 and axes.get_xscale() == "log"
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["100", "1"]
+    assert {label.get_text() for label in axes.get_xticklabels()} == {"1", "100"}
     monkeypatch.undo()
     axes = axes_of(monkeypatch, lambda: total([Curve("a", [(1, 990.0), (2, 1000.0)])], "t", "MB"))
     assert axes.get_ylim()[0] == 0

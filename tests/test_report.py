@@ -40,7 +40,13 @@ def score_of(made, reliability=1.0, **more):
 
 
 def point(t, scores, routing=None, **figures):
-    values = {"reliability": 0.987, "generalization": 0.9, "locality": 1.0, "exact_rephrased": None} | figures
+    values = {
+        "reliability": 0.987,
+        "generalization": 0.9,
+        "locality": 1.0,
+        "exact": 0.5,
+        "exact_rephrased": None,
+    } | figures
     unedited = {"reliability": 0.123, "generalization": None, "locality": 1.0}
     line = {"method": "wise_fast", "task": "qa", "t": t, "figures": values, "unedited": unedited, "scores": scores}
     return line | {"routing": routing, "seconds": 2.5}
@@ -74,7 +80,7 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tables, self.tags, self.texts = [], [], []
+        self.tables, self.tags, self.texts, self.inside = [], [], [], False
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -85,10 +91,13 @@ class Page(HTMLParser):
             self.tables[-1].append([])
         if tag in ("td", "th"):
             self.tables[-1][-1].append("")
+            self.inside = True
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag not in ("td", "th")
 
     def handle_data(self, data):
-        inside = self.tables and self.tables[-1] and self.tables[-1][-1] and self.get_starttag_text()
-        if inside and self.tags[-1][0] in ("bdi", "th", "td"):
+        if self.inside:
             self.tables[-1][-1][-1] += data
         self.texts.append(data)
 

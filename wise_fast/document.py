@@ -49,7 +49,7 @@ def shown(text: object, longest: int = _LONGEST) -> str:
     """A text as one visible line: white space folded, line ends as ⏎, other control characters as their codes."""
     text = str(text).strip().replace("\r\n", "\n")
     text = re.sub(r"[ \t]*[\n\r\v\f\x85\u2028\u2029]+[ \t]*", " ⏎ ", text)
-    text = "".join(_visible(character) for character in " ".join(text.split(" ")))
+    text = "".join(map(_visible, re.sub(r"[ \t]+", " ", text)))
     return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"
 
 

@@ -177,7 +177,7 @@ def missing(runs: Sequence[Run]) -> list[Block]:
         if absent:
             found.append(f"{run.name}: no value of {', '.join(map(label_of, absent))} at T = {last}.")
     tasks = {(run.header.get("task"), run.header.get("model")) for run in runs}
-    files = {run.header.get("sha256") or run.header.get("edits_sha256") for run in runs}
+    files = {_flat(run.header).get("edits.sha256") for run in runs}
     if len(tasks) > 1 or len(files) > 1:
         found.append("The runs differ in task, model or file of edits: compare them with care.")
     return [Heading("What is missing"), *(Paragraph(shown(text)) for text in found)] if found else []
