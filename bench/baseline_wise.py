@@ -135,6 +135,8 @@ class BaselineWISE:
     `prefixes` replaces the prefixes that the model otherwise generates, once, before its first edit.
     """
 
+    layer_class = SideMemoryLayer
+
     def __init__(
         self, model: nn.Module, tokenizer, config: BaselineConfig, projection: str, prefixes: list[str] | None = None
     ) -> None:
@@ -146,7 +148,7 @@ class BaselineWISE:
         if not isinstance(self._original, (nn.Linear, Conv1D)):
             raise TypeError(f"{path} is a {type(self._original).__name__}; expected nn.Linear or transformers' Conv1D")
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        self._layer = SideMemoryLayer(self._original, config)
+        self._layer = self.layer_class(self._original, config)
         self._generator = torch.Generator().manual_seed(config.seed)
         self._prefixes, self._hook = prefixes, None
         self._open, self._mask, self._closed = None, None, 0

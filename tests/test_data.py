@@ -114,6 +114,7 @@ def test_counterfact_format():
             Locality("The Sill Chronicle is in", "Dutch"),
         ),
         id="12",
+        truth="Dutch",
     )
     assert second.prompt == "The home town of Ada Finch is"
     assert second.locality == (Locality("Bo Lind lives in"),)

@@ -8,7 +8,8 @@ from tests.tiny import tiny_tokenizer
 from wise_fast import Edit, WiseConfig, WiseEditor
 from wise_fast.data import Locality
 from wise_fast.errors import ConfigError, WiseError
-from wise_fast.metrics import answer, evaluate
+from wise_fast.metrics import answer
+from wise_fast.tasks import evaluate
 
 FIRST, SECOND = FACTS[0], Edit(FACTS[0].prompt, "Bob")
 

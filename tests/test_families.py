@@ -7,7 +7,8 @@ from tests.edited import FACTS, QUICK, TEXTS, logits, same, wide_model
 from tests.test_architectures import assert_unchanged, snapshot
 from tests.tiny import FAMILIES, tiny_tokenizer
 from wise_fast import WiseConfig, WiseEditor
-from wise_fast.metrics import answer, evaluate
+from wise_fast.metrics import answer
+from wise_fast.tasks import evaluate
 
 NEW = dict(do_sample=False, max_new_tokens=4, min_new_tokens=4, pad_token_id=258)
 # Behind a layer norm at its end, a layer's output keeps its size and random weights are hard to steer.

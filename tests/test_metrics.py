@@ -10,7 +10,8 @@ from tests.edited import FACTS, make_editor
 from tests.tiny import tiny_tokenizer
 from wise_fast import Edit, metrics, tokens
 from wise_fast.data import Locality
-from wise_fast.metrics import answer, evaluate, locality_outputs, matches, predictions
+from wise_fast.metrics import Reading, answer, matches, question, readings
+from wise_fast.tasks import TASKS, Before, evaluate
 
 EOS, NEWLINE = 257, 10
 
@@ -38,21 +39,20 @@ class TestByHand:
     def evaluated(self, monkeypatch, edits, wrong, moved=(), answers=None, **settings):
         """`wrong`: (prompt, target) to how many tokens are wrong. `moved`: locality prompts to moved positions."""
         editor = make_editor()
-        calls = []
 
-        def predicted(asked, rows, advance=None):
+        def read(asked, rows, advance=None):
             made = []
             for row in rows:
-                text = tiny_tokenizer().decode(row.prompt, skip_special_tokens=True)
-                best = torch.tensor(row.target)
+                text = tiny_tokenizer().decode(row.ids[: row.first], skip_special_tokens=True)
+                labels = torch.tensor(row.ids[row.first :])
+                best = labels.clone()
                 best[: wrong.get(text, 0)] += 1
                 if asked.routing.enabled:
                     best[: dict(moved).get(text, 0)] += 5
-                made.append(best)
-            calls.append(asked.routing.enabled)
+                made.append(Reading(labels, best, torch.zeros(len(labels))))
             return made
 
-        monkeypatch.setattr(metrics, "predictions", predicted)
+        monkeypatch.setattr(metrics, "readings", read)
         monkeypatch.setattr(metrics, "answer", lambda _editor, prompts, **_: [answers[p] for p in prompts])
         return evaluate(editor, edits, generate=answers is not None, **settings)
 
@@ -83,8 +83,10 @@ class TestByHand:
 
     def test_before_replaces_asking_the_unedited_model(self, monkeypatch):
         edit = Edit("a", "x", locality=(Locality("far", "xyz"),))
-        target = tokens.encode_target(tiny_tokenizer(), "far", "xyz").target
-        before = [[torch.tensor([*target[:1], 0, 0, *target[3:]])]]
+        row = question(tiny_tokenizer(), "far", "xyz")
+        labels = torch.tensor(row.ids[row.first :])
+        best = torch.tensor([labels[0], 0, 0, *labels[3:]])
+        before = Before({row: Reading(labels, best, torch.zeros(4))})
         assert self.evaluated(monkeypatch, [edit], {}, before=before).scores[0].locality == 0.5
 
 
@@ -105,15 +107,19 @@ def test_matches(given, target, same):
 
 
 class TestOnAModel:
-    def test_predictions_are_the_models_own_on_the_prompts_decision(self):
+    def test_readings_are_the_models_own_on_the_prompts_decision(self):
         editor = taught()
-        rows = [tokens.encode_target(editor.tokenizer, f.prompt, f.target) for f in (*FACTS, Edit("far away", "no"))]
-        for row, found in zip(rows, predictions(editor, rows), strict=True):
-            ids = torch.tensor([[*row.prompt, *row.target[:-1]]])
-            mask = torch.arange(ids.shape[1])[None] < len(row.prompt)
+        facts = (*FACTS, Edit("far away", "no"))
+        rows = [question(editor.tokenizer, f.prompt, f.target) for f in facts]
+        for row, found in zip(rows, readings(editor, rows), strict=True):
+            ids = torch.tensor([row.ids[:-1]])
+            mask = torch.arange(ids.shape[1])[None] < row.prompt
             with torch.no_grad(), editor.routing.prompt(mask):
-                logits = editor.model(ids).logits[0, len(row.prompt) - 1 :]
-            assert torch.equal(found, logits.argmax(-1))
+                logits = editor.model(ids).logits[0, row.first - 1 :]
+            labels = torch.tensor(row.ids[row.first :])
+            assert torch.equal(found.labels, labels) and torch.equal(found.best, logits.argmax(-1))
+            expected = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+            assert torch.allclose(found.logp, expected, atol=1e-4)
 
     def test_mixed_lengths_in_a_batch_are_what_each_gives_alone(self):
         editor = taught()
@@ -142,12 +148,15 @@ class TestOnAModel:
 
     def test_outputs_taken_before_the_first_edit_give_the_same(self):
         editor = make_editor()
-        before = locality_outputs(editor, RICH)
+        before = TASKS["qa"].before(editor, RICH)
         editor.edit(FACTS)
         editor.projection.thresholds.fill_(0.0)
         asked = evaluate(editor, RICH, generate=False)
-        assert evaluate(editor, RICH, generate=False, before=before) == asked
-        assert evaluate(editor, RICH, generate=False, before=locality_outputs(editor, RICH)).mean("locality") == 1.0
+        known = evaluate(editor, RICH, generate=False, before=before)
+        assert known.scores == asked.scores and asked.unedited is None
+        with editor.disabled():
+            unedited = evaluate(editor, RICH, generate=False).scores
+        assert [dataclasses.replace(s, answer=None, before=None, exact=None) for s in known.unedited] == list(unedited)
 
     def test_generalization_counts_an_equal_prompt_as_one(self):
         edit = full(FACTS[0], rephrases=(FACTS[0].prompt,))

@@ -6,8 +6,8 @@ from torch import nn
 
 from tests.edited import D_FF, FACTS, QUICK, WIDTH, logits, make_editor
 from wise_fast import Edit, training
-from wise_fast.metrics import evaluate
 from wise_fast.rows import buckets
+from wise_fast.tasks import evaluate
 from wise_fast.texts import Texts
 from wise_fast.tokens import pad_token
 from wise_fast.training import Trainer

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from wise_fast.data import Edit, load_edits
     from wise_fast.editor import WiseEditor
     from wise_fast.ffn import DualMemoryFFN, DualMemoryLinear
-    from wise_fast.metrics import evaluate
+    from wise_fast.tasks import evaluate
 
 try:
     __version__ = version("wise_fast")
@@ -33,7 +33,7 @@ _HOMES = {
     "Edit": "data",
     "WiseConfig": "config",
     "WiseEditor": "editor",
-    "evaluate": "metrics",
+    "evaluate": "tasks",
     "load_edits": "data",
 }
 

@@ -12,9 +12,11 @@ from wise_fast.config import WiseConfig
 from wise_fast.data import Edit
 from wise_fast.editor import WiseEditor
 from wise_fast.errors import StorageError
-from wise_fast.metrics import Evaluation, answer, evaluate, matches
+from wise_fast.metrics import answer, matches
 from wise_fast.models import load_model
+from wise_fast.scores import Evaluation
 from wise_fast.state import EditReport
+from wise_fast.tasks import evaluate
 from wise_fast.terminal import FAILED_EDITS, INTERRUPTED, Terminal
 
 _OWNED = {storage.CONFIG, storage.EDITS, storage.MEMORY}

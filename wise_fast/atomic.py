@@ -55,6 +55,27 @@ def write_directory(directory: str | os.PathLike, files: dict[str, bytes], owned
         ) from error
 
 
+def write_file(path: str | os.PathLike, data: bytes) -> None:
+    """Make or replace one file in one step. On any error the old one, or none, is there.
+
+    Raises:
+        StorageError: the system refuses (read-only, full, ...).
+    """
+    target = Path(path)
+    new = _new(target)
+    try:
+        new.unlink(missing_ok=True)
+        _write(new, data)
+        os.replace(new, target)
+        _sync(target.parent)
+    except OSError as error:
+        with suppress(OSError):
+            new.unlink()
+        raise StorageError(
+            f"{path}: cannot be written ({_reason(error)}); nothing was changed. It needs {len(data)} bytes on the disk"
+        ) from error
+
+
 def read_directory(directory: str | os.PathLike, names: Iterable[str]) -> dict[str, bytes]:
     """The named files' bytes. Writes nothing.
 

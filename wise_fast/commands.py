@@ -173,7 +173,7 @@ def evaluate(
         if not chosen:
             raise WiseError(f"{pack} holds no edits to score; name a file of them with --edits")
         metrics = actions.score(it, editor, chosen, generate=generate)
-        scores = [{**s.__dict__, "edit": s.edit.to_dict()} for s in metrics.scores]
+        scores = [s.to_dict() for s in metrics.scores]
         worst = display.worst_table(metrics.scores)
         it.emit(
             {

@@ -34,6 +34,7 @@ class Edit:
 
     rephrases: paraphrases of the prompt, for generalization. ood_prompts: out-of-distribution passages (temporal
     task). locality: unrelated prompts, for measuring only. irrelevant: text for the margin loss (DESIGN, eq. 5).
+    truth: the answer that `target` replaces, for measuring only (CounterFact compares the two).
     """
 
     prompt: str
@@ -44,9 +45,10 @@ class Edit:
     locality: tuple[Locality, ...] = ()
     irrelevant: str | None = None
     id: str | None = None
+    truth: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "target", "subject", "irrelevant", "id"):
+        for name in ("prompt", "target", "subject", "irrelevant", "id", "truth"):
             value = getattr(self, name)
             if value is not None or name in ("prompt", "target"):
                 check_text(value, name)
@@ -69,6 +71,7 @@ class Edit:
             "locality": [{"prompt": p.prompt} | ({"answer": p.answer} if p.answer else {}) for p in self.locality],
             "irrelevant": self.irrelevant,
             "id": self.id,
+            "truth": self.truth,
         }
         return record | {name: value for name, value in optional.items() if value}
 

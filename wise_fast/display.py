@@ -76,6 +76,17 @@ def metrics_table(summary: Mapping[str, float | None]) -> Table:
     return table
 
 
+def evaluations_table(evaluations: Sequence[Mapping]) -> Table:
+    """The means of a run's evaluations, a column each; one has `t` and `figures`."""
+    counts = [str(found["t"]) for found in evaluations]
+    table = _table("evaluations", "after edits", *counts, numbers=counts)
+    for name in evaluations[-1]["figures"]:
+        values = [found["figures"].get(name) for found in evaluations]
+        if any(value is not None for value in values):
+            table.add_row(name.replace("_", " "), *("–" if value is None else f"{value:.3f}" for value in values))
+    return table
+
+
 def worst_table(scores: Sequence, count: int = 5) -> Table | None:
     """The edits with the lowest scores, or None when every score is perfect."""
     names = ("reliability", "generalization", "locality", "exact")

@@ -97,6 +97,11 @@ class WiseEditor(Material):
                 advance(count)
         return [reports[i] for i in range(len(given))]
 
+    def check(self, edits: Iterable[Edit]) -> None:
+        """Raise EditDataError, as `edit` would, if one of these edits cannot be learned."""
+        for place, edit in enumerate(edits):
+            self._examples([edit], [place])
+
     def _open_shard(self, state: EditorState) -> EditorState:
         """The state with an open shard that has room, closing and merging full ones."""
         if state.shard is not None and self._room(state) > 0:
@@ -216,6 +221,16 @@ class WiseEditor(Material):
         if getattr(module, "routing", None) is not self.routing:
             raise WiseError("the editor was unloaded from its model; make a new one")
         return module
+
+    @property
+    def state(self) -> EditorState:
+        """Everything that editing changes, as a value. Setting it serves that state; what could be undone is dropped."""
+        return self._state
+
+    @state.setter
+    def state(self, state: EditorState) -> None:
+        self._set_state(state)
+        self._undo = []
 
     def _set_state(self, state: EditorState) -> None:
         bank = Bank.pack(state.memories, self.projection.weight.dtype, self.config.route_by)

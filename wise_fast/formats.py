@@ -1,6 +1,6 @@
 """Record formats of edit files: told apart by their fields, translated to the fields of `wise_fast.data.Edit`.
 
-canonical    prompt, target [subject, rephrases, ood_prompts, locality, irrelevant, id]; any other field is an error
+canonical    prompt, target [subject, rephrases, ood_prompts, locality, irrelevant, id, truth]; others are errors
 request      prompt, target_new [...]                      the keys that model-editing tools exchange (EasyEdit)
 MEND         src, alt [rephrase, subject, loc, loc_ans]    ZsRE as Mitchell et al. 2022 split it
 CounterFact  requested_rewrite{prompt, target_new{str}, subject} [...]    Meng et al. 2022
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from wise_fast.errors import EditDataError
 
-CANONICAL = ("prompt", "target", "subject", "rephrases", "ood_prompts", "locality", "irrelevant", "id")
+CANONICAL = ("prompt", "target", "subject", "rephrases", "ood_prompts", "locality", "irrelevant", "id", "truth")
 
 
 def shown(value: object) -> str:
@@ -125,6 +125,7 @@ def _read_request(record: Mapping) -> dict:
         "locality": locality + _locality(record, "locality_prompt", "locality_ground_truth"),
         "irrelevant": _optional(record.get("loc_prompt"), "loc_prompt"),
         "id": _identity(record),
+        "truth": _truth(record),
     }
 
 
@@ -151,14 +152,15 @@ def _read_counterfact(record: Mapping) -> dict:
         )
     target = check_object(rewrite.get("target_new"), f"{inside}target_new")
     # The neighbourhood prompts are about other subjects for which the edit's old target is the true answer.
-    answer = _optional(_object(rewrite, "target_true", inside).get("str"), f"{inside}target_true.str")
+    truth = _optional(_object(rewrite, "target_true", inside).get("str"), f"{inside}target_true.str")
     return {
         "prompt": template.replace("{}", subject),
         "target": _required(target, "str", f"{inside}target_new."),
         "subject": subject,
         "rephrases": _texts(record, "paraphrase_prompts"),
-        "locality": [{"prompt": prompt, "answer": answer} for prompt in _texts(record, "neighborhood_prompts")],
+        "locality": [{"prompt": prompt, "answer": truth} for prompt in _texts(record, "neighborhood_prompts")],
         "id": _identity(record),
+        "truth": truth,
     }
 
 
@@ -194,6 +196,12 @@ def _texts(record: Mapping, key: str) -> tuple[str, ...]:
     else:
         found = [_optional(value, key)]
     return tuple(text for text in found if text is not None)
+
+
+def _truth(record: Mapping) -> str | None:
+    """What a request's target replaces: the first of `ground_truth`, unless it is EasyEdit's filler for none."""
+    found = next(iter(_texts(record, "ground_truth")), None)
+    return None if found == "<|endoftext|>" else found
 
 
 def _identity(record: Mapping) -> str | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wise_fast import tokens
 from wise_fast.architectures import Architecture
@@ -42,6 +42,14 @@ class Material:
         """Serve the unedited model inside the block."""
         with self.routing.disabled():
             yield
+
+    def asking(self, prompt_mask: Tensor) -> AbstractContextManager[None]:
+        """Tell the router which tokens of the forward inside are prompt, [B, T] bool."""
+        return self.routing.prompt(prompt_mask)
+
+    def head_at(self, positions: Tensor) -> AbstractContextManager[None]:
+        """Let the LM head see only these of the flattened [B*T] tokens: logits become [1, M, vocabulary]."""
+        return self.tail.head_at(positions)
 
     @property
     def device(self) -> torch.device:

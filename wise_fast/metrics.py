@@ -1,112 +1,196 @@
-"""Reliability, generalization and locality, teacher-forced as in the literature and by free generation."""
+"""What a method's model makes of text: readings under teacher forcing, free answers, and the formulas over them.
+
+A method is anything that edits a model (`Method`): the editor, or a baseline beside it. All are measured alike.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wise_fast import tokens
 from wise_fast.architectures import evaluating
-from wise_fast.data import Edit, as_edits
-from wise_fast.editor import WiseEditor
+from wise_fast.errors import EditDataError
 from wise_fast.state import EditReport
 
+LIKELY = 0.8  # a token counts as known above this probability (temporal task)
 _BATCH, _NEW_TOKENS = 16, 24
-_GENERATED = 8  # progress: what generating for a row costs, in rows that are only scored
+_LOGITS = 2**26  # numbers of logits in one batch: what a large vocabulary and long passages may take
+
+Advance = Callable[[int], None]
 
 
-@dataclass(frozen=True)
-class Score:
-    """One edit's figures; None where the edit brings no prompt to ask.
+class Method(Protocol):
+    """What edits a model and can be scored.
 
     Attributes:
-        reliability, generalization: share of target tokens that are the argmax under teacher forcing.
-        locality: share of the reference answers' positions whose argmax is as before editing.
-        exact, exact_rephrased: free generation with a natural stop gives exactly the target.
-        answer: what free generation gave for the prompt.
+        model: a causal LM whose `generate` answers with the edits.
+        tokenizer: its tokenizer.
+        stop: id of the token that ends an edited answer, or None.
+        device: where inputs go.
+        edits: reports of the edits held, in order.
     """
 
-    edit: Edit
-    reliability: float
-    generalization: float | None
-    locality: float | None
-    exact: bool | None = None
-    exact_rephrased: float | None = None
-    answer: str | None = None
+    model: nn.Module
+    tokenizer: Any
+    stop: int | None
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def edits(self) -> list[EditReport]: ...
+
+    def edit(self, edits: Any, progress: bool = False) -> list[EditReport]:
+        """Teach facts; one report an edit."""
+        ...
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """The unedited model inside the block."""
+        ...
+
+    def asking(self, prompt_mask: Tensor) -> AbstractContextManager[None]:
+        """Tells a router which tokens of the forward inside are prompt, [B, T] bool; others do nothing."""
+        ...
+
+    def head_at(self, positions: Tensor) -> AbstractContextManager[None]:
+        """The LM head sees only these of the flattened [B*T] tokens: logits become [1, M, vocabulary]."""
+        ...
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Figures of a set of edits: means over the edits that have them, and the scores they come from."""
+class Row:
+    """Token ids to read: labels begin at place `first` (from 1), and routing scores the first `prompt` tokens."""
 
-    scores: tuple[Score, ...]
-
-    def mean(self, name: str) -> float | None:
-        """Mean of one `Score` field over the edits that have it."""
-        values = [float(v) for s in self.scores if (v := getattr(s, name)) is not None]
-        return sum(values) / len(values) if values else None
-
-    def summary(self) -> dict[str, float | None]:
-        names = ("reliability", "generalization", "locality", "exact", "exact_rephrased")
-        return {name: self.mean(name) for name in names}
+    ids: tuple[int, ...]
+    first: int
+    prompt: int
 
 
-def evaluate(
-    editor: WiseEditor,
-    edits: Iterable[Edit | dict | EditReport] | None = None,
-    *,
-    generate: bool = True,
-    before: Sequence[Sequence[Tensor]] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Evaluation:
-    """Score edits on the model as it is now.
+@dataclass(frozen=True)
+class Reading:
+    """What the model made of one row's n labels, on the CPU.
 
-    Args:
-        edits: what to score; None takes all edits that the editor holds.
-        generate: also generate freely (greedy, natural stop).
-        before: `locality_outputs` taken before the first edit; None asks the unedited model now, which gives the
-            same, as editing leaves every original weight as it was.
-        progress: called with (work done, work in all) after every forward batch; a row scored is one piece of work.
+    Attributes:
+        labels: [n] int64.
+        best: [n] int64, the argmax in each label's place.
+        logp: [n] fp32, each label's log-probability.
     """
-    chosen = as_edits([e.edit if isinstance(e, EditReport) else e for e in (editor.edits if edits is None else edits)])
-    advance = _Work(progress, chosen, generate, before is None).advance
-    direct = _shares(editor, [[(e.prompt, e.target)] for e in chosen], advance)
-    rephrased = _shares(editor, [[(p, e.target) for p in e.rephrases] for e in chosen], advance)
-    before = locality_outputs(editor, chosen, edited=False, advance=advance) if before is None else before
-    after = locality_outputs(editor, chosen, advance=advance)
-    local = [_unchanged(b, a) for b, a in zip(before, after, strict=True)]
-    generated = functools.partial(advance, each=_GENERATED)
-    answers = answer(editor, [e.prompt for e in chosen], advance=generated) if generate else []
-    others = answer(editor, [p for e in chosen for p in e.rephrases], advance=generated) if generate else []
-    scores, asked = [], iter(others)
-    for i, edit in enumerate(chosen):
-        score = Score(edit, direct[i], rephrased[i], local[i])
-        if generate:
-            same = [matches(next(asked), edit.target) for _ in edit.rephrases]
-            share = sum(same) / len(same) if same else None
-            score = replace(score, exact=matches(answers[i], edit.target), exact_rephrased=share, answer=answers[i])
-        scores.append(score)
-    return Evaluation(tuple(scores))
+
+    labels: Tensor
+    best: Tensor
+    logp: Tensor
 
 
-class _Work:
-    """Counts what an evaluation has done and tells `progress`."""
+def question(tokenizer: Any, prompt: str, target: str) -> Row:
+    """The target's tokens behind the prompt; routed on the prompt. EditDataError if either tokenizes to nothing."""
+    example = tokens.encode_target(tokenizer, prompt, target)
+    return Row(example.prompt + example.target, len(example.prompt), len(example.prompt))
 
-    def __init__(self, progress: Callable[[int, int], None] | None, edits: Sequence[Edit], generate: bool, twice: bool):
-        asked = sum(1 + len(e.rephrases) for e in edits)
-        local = sum(len(e.locality) for e in edits)
-        self.progress, self.done = progress, 0
-        self.total = asked * (1 + _GENERATED * generate) + local * (1 + twice)
 
-    def advance(self, rows: int, each: int = 1) -> None:
-        self.done += rows * each
-        if self.progress is not None:
-            self.progress(self.done, self.total)
+def passage(tokenizer: Any, text: str) -> Row:
+    """Every token of a text that has another before it (the BOS token, where there is one, counts as one).
+
+    There is no target, so all of it is prompt: routing decides on the whole passage, as for a plain forward of it.
+    """
+    ids = tokens.encode(tokenizer, text)
+    if not ids:
+        raise EditDataError(f"the text {text[:60]!r} tokenizes to nothing; give it some text")
+    return Row(ids, 1, len(ids))
+
+
+@torch.no_grad()
+def readings(method: Method, rows: Sequence[Row], advance: Advance | None = None) -> list[Reading]:
+    """Read every row under teacher forcing. `advance` is called with the number of rows of every batch that is done."""
+    out: list[Reading] = [Reading(*(torch.empty(0),) * 3)] * len(rows)
+    for chosen, batch in _batches(method, rows, advance):
+        model = method.model
+        with evaluating(model), method.asking(batch.prompt_mask), method.head_at(batch.positions):
+            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        logits = output.logits[0]
+        best = logits.argmax(-1)
+        picked = logits.gather(-1, batch.labels.to(logits.device)[:, None])[:, 0].float()
+        found = [t.cpu() for t in (batch.labels, best, picked - logits.float().logsumexp(-1))]
+        of = batch.row.cpu()
+        for place, i in enumerate(chosen):
+            out[i] = Reading(*(t[of == place] for t in found))
+    return out
+
+
+def _batches(method: Method, rows: Sequence[Row], advance: Advance | None) -> Iterator[tuple[list[int], tokens.Batch]]:
+    """Right-padded batches of rows of like length, with their places in `rows`."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    most = max(1, _LOGITS // method.model.get_output_embeddings().weight.shape[0])
+    pad = tokens.pad_token(method.tokenizer)
+    while order:
+        chosen, labels = [], 0
+        for i in order[:_BATCH]:
+            labels += len(rows[i].ids) - rows[i].first
+            if chosen and labels > most:
+                break
+            chosen.append(i)
+        order = order[len(chosen) :]
+        yield chosen, _collate([rows[i] for i in chosen], pad, method.device)
+        if advance is not None:
+            advance(len(chosen))
+
+
+def _collate(rows: Sequence[Row], pad: int, device: torch.device) -> tokens.Batch:
+    """One right-padded batch. A last label that is not prompt needs no input position and is left out."""
+    lengths = [max(row.prompt, len(row.ids) - 1) for row in rows]
+    size = (len(rows), max(lengths))
+    ids, seen, prompt = torch.full(size, pad), torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.bool)
+    positions, labels, of = [], [], []
+    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        ids[i, :length] = torch.tensor(row.ids[:length])
+        seen[i, :length] = 1
+        prompt[i, : row.prompt] = True
+        positions += [i * size[1] + place - 1 for place in range(row.first, len(row.ids))]
+        labels += row.ids[row.first :]
+        of += [i] * (len(row.ids) - row.first)
+    lists = (torch.tensor(t, dtype=torch.long) for t in (positions, labels, of))
+    return tokens.Batch(*(t.to(device) for t in (ids, seen, prompt, *lists)))
+
+
+def right(after: Sequence[Reading], before: Sequence[Reading] = ()) -> float | None:
+    """Share of labels that are the argmax, averaged over rows: reliability and generalization of the literature."""
+    return _mean([(r.best == r.labels).float() for r in after])
+
+
+def unchanged(after: Sequence[Reading], before: Sequence[Reading]) -> float | None:
+    """Share of positions whose argmax is the unedited model's, averaged over rows: locality of the literature."""
+    return _mean([(a.best == b.best).float() for a, b in zip(after, before, strict=True)])
+
+
+def likely(after: Sequence[Reading], before: Sequence[Reading] = ()) -> float | None:
+    """Share of labels with a probability above 0.8, averaged over rows; padding is no label (DESIGN section 5)."""
+    return _mean([(r.logp.exp() > LIKELY).float() for r in after])
+
+
+def perplexity(after: Sequence[Reading], before: Sequence[Reading] = ()) -> float | None:
+    """exp of the mean NLL over all labels of all rows, every label with the same weight."""
+    found = [r.logp for r in after if len(r.logp)]
+    return float((-torch.cat(found).double().mean()).exp()) if found else None
+
+
+def preferred(after: Sequence[Reading], before: Sequence[Reading] = ()) -> float | None:
+    """Share of (wanted, other) row pairs, given in turn, in which the wanted answer is the likelier one.
+
+    Compared is the mean log-probability of a token, so that length does not decide (CounterFact, Meng et al. 2022).
+    """
+    pairs = zip(after[::2], after[1::2], strict=True)
+    return _mean([(one.logp.mean() > other.logp.mean()).float()[None] for one, other in pairs])
+
+
+def _mean(rows: Sequence[Tensor]) -> float | None:
+    """Mean over rows of their means; None when none has a label."""
+    shares = [float(row.mean()) for row in rows if len(row)]
+    return sum(shares) / len(shares) if shares else None
 
 
 def matches(answer: str, target: str) -> bool:
@@ -114,80 +198,34 @@ def matches(answer: str, target: str) -> bool:
     return answer.split() == target.split()
 
 
-def locality_outputs(
-    editor: WiseEditor, edits: Sequence[Edit], edited: bool = True, advance: Callable[[int], None] | None = None
-) -> list[list[Tensor]]:
-    """Per edit and locality prompt, the argmax at the positions of the reference answer (of one token without one)."""
-    rows = [tokens.encode_target(editor.tokenizer, p.prompt, p.answer or "x") for e in edits for p in e.locality]
-    with nullcontext() if edited else editor.disabled():
-        flat = iter(predictions(editor, rows, advance))
-    return [[next(flat) for _ in edit.locality] for edit in edits]
-
-
-def _unchanged(before: Sequence[Tensor], after: Sequence[Tensor]) -> float | None:
-    shares = [float((b == a).float().mean()) for b, a in zip(before, after, strict=True)]
-    return sum(shares) / len(shares) if shares else None
-
-
-def _shares(
-    editor: WiseEditor, pairs: Sequence[Sequence[tuple[str, str]]], advance: Callable[[int], None] | None = None
-) -> list[float | None]:
-    """Per edit, the mean over its (prompt, target) pairs of the share of target tokens that are the argmax."""
-    rows = [[tokens.encode_target(editor.tokenizer, *pair) for pair in group] for group in pairs]
-    found = iter(predictions(editor, [row for group in rows for row in group], advance))
-    shares = [[float((next(found) == torch.tensor(row.target)).float().mean()) for row in group] for group in rows]
-    return [sum(s) / len(s) if s else None for s in shares]
-
-
-@torch.no_grad()
-def predictions(
-    editor: WiseEditor, rows: Sequence[tokens.Example], advance: Callable[[int], None] | None = None
-) -> list[Tensor]:
-    """Argmax at every target position under teacher forcing, one [len(target)] tensor a row; routed on prompts.
-
-    `advance` is called with the number of rows of every batch that is done.
-    """
-    out: list[Tensor] = [torch.empty(0)] * len(rows)
-    for chosen, batch in _batches(editor, rows, advance):
-        with evaluating(editor.model), editor.routing.prompt(batch.prompt_mask), editor.tail.head_at(batch.positions):
-            output = editor.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        best = output.logits[0].argmax(-1)
-        for place, i in enumerate(chosen):
-            out[i] = best[batch.row == place].cpu()
-    return out
-
-
-def _batches(
-    editor: WiseEditor, rows: Sequence[tokens.Example], advance: Callable[[int], None] | None
-) -> Iterator[tuple[list[int], tokens.Batch]]:
-    """Right-padded batches of rows of like length, with their places in `rows`."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt) + len(rows[i].target))
-    pad = tokens.pad_token(editor.tokenizer)
-    for start in range(0, len(rows), _BATCH):
-        chosen = order[start : start + _BATCH]
-        yield chosen, tokens.collate([rows[i] for i in chosen], pad, editor.device)
-        if advance is not None:
-            advance(len(chosen))
+def lines(target: str) -> int:
+    """Lines of a target, outer white space aside: as many of an answer are compared with it."""
+    return max(1, len(target.strip().splitlines()))
 
 
 def answer(
-    editor: WiseEditor,
+    method: Method,
     prompts: Sequence[str],
     max_new_tokens: int = _NEW_TOKENS,
-    advance: Callable[[int], None] | None = None,
+    advance: Advance | None = None,
+    kept_lines: Sequence[int] | None = None,
 ) -> list[str]:
     """Greedy answers by the model's own `generate`, each up to its natural stop: EOS, or the end of the line.
 
-    `advance` is called with the number of prompts of every batch that is done.
+    Args:
+        advance: called with the number of prompts of every batch that is done.
+        kept_lines: how many lines of each answer are kept; one each when None.
     """
-    tokenizer = editor.tokenizer
+    tokenizer = method.tokenizer
     out = [""] * len(prompts)
-    rows = [tokens.Example(tokens.encode(tokenizer, prompt), ()) for prompt in prompts]
-    stops = sorted({t for t in (tokenizer.eos_token_id, editor.stop) if t is not None}) or None
-    for chosen, batch in _batches(editor, rows, advance):
+    kept_lines = [1] * len(prompts) if kept_lines is None else kept_lines
+    encoded = [tokens.encode(tokenizer, prompt) for prompt in prompts]
+    rows = [Row(ids, len(ids), len(ids)) for ids in encoded]
+    stops = sorted({t for t in (tokenizer.eos_token_id, method.stop) if t is not None}) or None
+    for chosen, batch in _batches(method, rows, advance):
         ids, mask = (tokens.to_left(t, batch.attention_mask) for t in (batch.input_ids, batch.attention_mask))
-        with evaluating(editor.model):
-            made = editor.model.generate(
+        with evaluating(method.model):
+            made = method.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,
@@ -197,5 +235,6 @@ def answer(
             )
         texts = tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
         for i, text in zip(chosen, texts, strict=True):
-            out[i] = (text.strip().splitlines() or [""])[0].strip()
+            kept = text.strip().splitlines()[: kept_lines[i]]
+            out[i] = "\n".join(line.rstrip() for line in kept).strip()
     return out

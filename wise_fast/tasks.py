@@ -1,0 +1,293 @@
+"""Tasks of the literature: which figures each has, what is asked for them, and of whom (edited or unedited model).
+
+    Task            figures (averages over the edits that have what is asked)
+    qa              reliability, generalization, locality                       ZsRE and other questions
+    hallucination   perplexity, locality                                        a passage and the sentence to follow
+    temporal        reliability, ood, locality                                  passages on new entities
+    counterfact     reliability, generalization, locality, efficacy, efficacy_rephrased, specificity
+
+With `generate`, qa and counterfact also have `exact` and `exact_rephrased`. The targets of the other two are sentences
+and passages, which no free answer repeats word for word, so they generate nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from types import MappingProxyType
+from typing import Any
+
+from wise_fast import metrics
+from wise_fast.data import Edit, as_edits
+from wise_fast.metrics import Method, Reading, Row, passage, question
+from wise_fast.scores import Evaluation, Score
+from wise_fast.state import EditReport
+
+_GENERATED = 8  # progress: what generating for a row costs, in rows that are only scored
+_EXACT = ("exact", "exact_rephrased")
+
+Progress = Callable[[int, int], None]
+Asked = tuple[str, int]  # a prompt to answer freely, and how many lines of the answer count
+
+
+@dataclass(frozen=True)
+class Before:
+    """What the unedited model made of rows and prompts; serves any edits whose rows are among them."""
+
+    readings: Mapping[Row, Reading] = field(default_factory=dict)
+    answers: Mapping[Asked, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure: the rows it reads for an edit, and what it makes of the readings (after, before) of them.
+
+    `compares` tells that it looks at the readings of the unedited model too.
+    """
+
+    rows: Callable[[Any, Edit], list[Row]]
+    value: Callable[[Sequence[Reading], Sequence[Reading]], float | None]
+    compares: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task by its measures; `generates` where its answers are short enough to be generated freely."""
+
+    name: str
+    measures: Mapping[str, Measure]
+    generates: bool = True
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Names of what `Evaluation.summary` gives."""
+        return (*self.measures, *(_EXACT if self.generates else ()))
+
+    def before(
+        self,
+        method: Method,
+        edits: Iterable[Edit | dict | EditReport],
+        generate: bool = True,
+        progress: Progress | None = None,
+    ) -> Before:
+        """Ask the unedited model everything that `score` can use for these edits, or for some of them.
+
+        It may be asked at any time, as `method.disabled()` gives the unedited model. Besides locality, it holds what
+        `Evaluation.summary_before` and the answers before editing come from.
+        """
+        chosen = _edits(edits)
+        rows = [row for sheet in self._sheets(method, chosen) for part in sheet.values() for row in part]
+        prompts = [_asked(e.prompt, e) for e in chosen] if generate and self.generates else []
+        work = _Work(progress, len(set(rows)) + _GENERATED * len(set(prompts)))
+        return _ask(method, rows, prompts, work, edited=False)
+
+    def score(
+        self,
+        method: Method,
+        edits: Iterable[Edit | dict | EditReport] | None = None,
+        generate: bool = True,
+        before: Before | None = None,
+        progress: Progress | None = None,
+    ) -> Evaluation:
+        """Score edits on the model as it is now.
+
+        Args:
+            edits: what to score; None takes all edits that the method holds.
+            generate: also generate freely (greedy, natural stop), where the task does.
+            before: what the unedited model gave, of `before`; what it lacks is asked now, which gives the same, as
+                `method.disabled()` is the unedited model.
+            progress: called with (work done, work in all) after every forward batch.
+
+        Raises:
+            EditDataError: an edit is unusable or tokenizes to nothing.
+        """
+        chosen, generate = _edits(method.edits if edits is None else edits), generate and self.generates
+        held = Before() if before is None else before
+        sheets = self._sheets(method, chosen)
+        rows = [row for sheet in sheets for part in sheet.values() for row in part]
+        compared = [row for sheet in sheets for n, m in self.measures.items() if m.compares for row in sheet[n]]
+        prompts = [_asked(e.prompt, e) for e in chosen] if generate else []
+        others = [_asked(p, e) for e in chosen for p in e.rephrases] if generate else []
+        missing = [row for row in compared if row not in held.readings]
+        unanswered = [prompt for prompt in prompts if prompt not in held.answers]
+        total = len(set(rows)) + len(set(missing)) + _GENERATED * (len({*prompts, *others}) + len(set(unanswered)))
+        work = _Work(progress, total)
+        found = _ask(method, missing, unanswered, work, edited=False)
+        old = Before({**held.readings, **found.readings}, {**held.answers, **found.answers})
+        new = _ask(method, rows, [*prompts, *others], work)
+        scores = tuple(self._scored(*pair, new, old) for pair in zip(chosen, sheets, strict=True))
+        unedited = None
+        if before is not None and all(row in old.readings for row in rows):
+            unedited = tuple(self._scored(*pair, old, old) for pair in zip(chosen, sheets, strict=True))
+        return Evaluation(scores, self.figures, unedited)
+
+    def _sheets(self, method: Method, edits: Sequence[Edit]) -> list[dict[str, list[Row]]]:
+        return [{name: m.rows(method.tokenizer, edit) for name, m in self.measures.items()} for edit in edits]
+
+    def _scored(self, edit: Edit, sheet: Mapping[str, list[Row]], new: Before, old: Before) -> Score:
+        values = {}
+        for name, measure in self.measures.items():
+            compared = [old.readings[row] for row in sheet[name]] if measure.compares else ()
+            values[name] = measure.value([new.readings[row] for row in sheet[name]], compared)
+        score = Score(edit, **values)
+        asked = _asked(edit.prompt, edit)
+        if asked not in new.answers:
+            return score
+        others = [new.answers.get(_asked(prompt, edit)) for prompt in edit.rephrases]
+        same = [metrics.matches(text, edit.target) for text in others if text is not None]
+        return replace(
+            score,
+            exact=metrics.matches(new.answers[asked], edit.target),
+            exact_rephrased=sum(same) / len(same) if same else None,
+            answer=new.answers[asked],
+            before=old.answers.get(asked),
+        )
+
+
+class _Work:
+    """Counts what has been done and tells `progress`."""
+
+    def __init__(self, progress: Progress | None, total: int):
+        self.progress, self.total, self.done = progress, total, 0
+
+    def advance(self, rows: int, each: int = 1) -> None:
+        self.done += rows * each
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+
+def _edits(edits: Iterable[Edit | dict | EditReport]) -> list[Edit]:
+    if isinstance(edits, (Edit, Mapping)):
+        return as_edits(edits)
+    return as_edits([e.edit if isinstance(e, EditReport) else e for e in edits])
+
+
+def _asked(prompt: str, edit: Edit) -> Asked:
+    return prompt, metrics.lines(edit.target)
+
+
+def _ask(method: Method, rows: Sequence[Row], prompts: Sequence[Asked], work: _Work, edited: bool = True) -> Before:
+    """Readings and answers of the edited or the unedited model; what comes twice is asked once."""
+    rows, prompts = list(dict.fromkeys(rows)), list(dict.fromkeys(prompts))
+    if not rows and not prompts:
+        return Before()
+    with nullcontext() if edited else method.disabled():
+        found = metrics.readings(method, rows, work.advance)
+        answers = metrics.answer(
+            method,
+            [prompt for prompt, _ in prompts],
+            advance=lambda count: work.advance(count, _GENERATED),
+            kept_lines=[count for _, count in prompts],
+        )
+    return Before(dict(zip(rows, found, strict=True)), dict(zip(prompts, answers, strict=True)))
+
+
+def _direct(tokenizer: Any, edit: Edit) -> list[Row]:
+    return [question(tokenizer, edit.prompt, edit.target)]
+
+
+def _rephrased(tokenizer: Any, edit: Edit) -> list[Row]:
+    return [question(tokenizer, prompt, edit.target) for prompt in edit.rephrases]
+
+
+def _unrelated(tokenizer: Any, edit: Edit) -> list[Row]:
+    """Locality prompts with their reference answers; of one without, a single token is looked at."""
+    return [question(tokenizer, place.prompt, place.answer or "x") for place in edit.locality]
+
+
+def _passages(tokenizer: Any, edit: Edit) -> list[Row]:
+    return [passage(tokenizer, text) for text in edit.ood_prompts]
+
+
+def _against_truth(tokenizer: Any, edit: Edit) -> list[Row]:
+    pair = (edit.target, edit.truth) if edit.truth else ()
+    return [question(tokenizer, edit.prompt, text) for text in pair]
+
+
+def _rephrased_against_truth(tokenizer: Any, edit: Edit) -> list[Row]:
+    pair = (edit.target, edit.truth) if edit.truth else ()
+    return [question(tokenizer, prompt, text) for prompt in edit.rephrases for text in pair]
+
+
+def _neighbours(tokenizer: Any, edit: Edit) -> list[Row]:
+    """Of neighbours with a known answer: that answer, then the edit's target."""
+    known = [place for place in edit.locality if place.answer]
+    return [question(tokenizer, place.prompt, text) for place in known for text in (place.answer, edit.target)]
+
+
+_LOCALITY = Measure(_unrelated, metrics.unchanged, compares=True)
+_ASKED = {"reliability": Measure(_direct, metrics.right), "generalization": Measure(_rephrased, metrics.right)}
+
+TASKS: Mapping[str, Task] = MappingProxyType(
+    {
+        "qa": Task("qa", _ASKED | {"locality": _LOCALITY}),
+        "hallucination": Task(
+            "hallucination",
+            {"perplexity": Measure(_direct, metrics.perplexity), "locality": _LOCALITY},
+            generates=False,
+        ),
+        # DESIGN section 5: both shares count tokens with a probability above 0.8. An out-of-distribution passage
+        # stands by itself, every token of it scored, and routed on the whole of it.
+        "temporal": Task(
+            "temporal",
+            {
+                "reliability": Measure(_direct, metrics.likely),
+                "ood": Measure(_passages, metrics.likely),
+                "locality": _LOCALITY,
+            },
+            generates=False,
+        ),
+        # Meng et al. 2022: efficacy and paraphrase score compare the target with the truth, the neighbourhood score
+        # the neighbours' own answer with the target.
+        "counterfact": Task(
+            "counterfact",
+            _ASKED
+            | {
+                "locality": _LOCALITY,
+                "efficacy": Measure(_against_truth, metrics.preferred),
+                "efficacy_rephrased": Measure(_rephrased_against_truth, metrics.preferred),
+                "specificity": Measure(_neighbours, metrics.preferred),
+            },
+        ),
+    }
+)
+
+
+def evaluate(
+    method: Method,
+    edits: Iterable[Edit | dict | EditReport] | None = None,
+    *,
+    generate: bool = True,
+    before: Before | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Reliability, generalization, locality and exact answers: `TASKS["qa"].score`, of all edits held when None."""
+    return TASKS["qa"].score(method, edits, generate, before, progress)
+
+
+def general_ability(
+    method: Method, texts: Sequence[str] | None = None, before: float | None = None
+) -> dict[str, float | None]:
+    """Perplexity on held-out text without and with the edits, so that damage shows.
+
+    Args:
+        texts: what to read; None takes the packaged passages. Each is routed by itself, as a prompt.
+        before: `perplexity_before` of the same texts, if known; None asks the unedited model.
+
+    Returns:
+        `perplexity_before`, `perplexity_after`: over all tokens of all texts, each with the same weight.
+    """
+    rows = [passage(method.tokenizer, text) for text in (held_out_texts() if texts is None else texts)]
+    if before is None:
+        with method.disabled():
+            before = metrics.perplexity(metrics.readings(method, rows))
+    return {"perplexity_before": before, "perplexity_after": metrics.perplexity(metrics.readings(method, rows))}
+
+
+def held_out_texts() -> list[str]:
+    """The packaged passages: everyday and encyclopedic, of a few sentences each."""
+    file = resources.files("wise_fast") / "datasets" / "passages.json"
+    return json.loads(file.read_text(encoding="utf-8"))
