@@ -14,7 +14,11 @@ from wise_fast.journal import Journal, encode, read_journal
 
 LINES = [{"batch": 1, "text": "a\nb\u2028é"}, {"batch": 2, "values": [1.5, None, True]}, {"batch": 3}]
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )

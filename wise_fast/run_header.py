@@ -109,7 +109,7 @@ def libraries(device: torch.device) -> dict:
 
 
 def require_same(header: dict, given: dict) -> None:
-    """Raise ConfigError, naming the setting, unless a run with header `given` goes on as the one with `header` would."""
+    """Raise ConfigError, naming the setting, unless a run with header `given` goes on as one with `header` would."""
     for name in given:
         was, now = header.get(name), given[name]
         if was == now or name in _FREE or (name == "model" and given["base"]):
