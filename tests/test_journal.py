@@ -6,7 +6,7 @@ import math
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wise_fast.errors import StorageError
@@ -37,6 +37,7 @@ class TestReading:
         assert list(read_journal(path)) == LINES
         assert [json.loads(line)["batch"] for line in path.read_text().splitlines()] == [1, 2, 3]
 
+    @settings(max_examples=40)
     @given(st.dictionaries(st.text(), VALUES, min_size=1))
     def test_of_any_record(self, record):
         record.pop("checksum", None)

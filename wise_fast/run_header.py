@@ -7,13 +7,12 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import transformers
 
-from wise_fast import fingerprint
+from wise_fast import __version__, fingerprint
 from wise_fast.atomic import write_file
 from wise_fast.data import Edit
 from wise_fast.errors import ConfigError, StorageError
@@ -99,7 +98,7 @@ def describe_method(method) -> dict:
 def libraries(device: torch.device) -> dict:
     """What results may depend on beside the settings."""
     return {
-        "wise_fast": version("wise_fast"),
+        "wise_fast": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
