@@ -110,7 +110,7 @@ def _run(it, values: dict, config_values: dict, resume: bool) -> None:
     settings, config = RunSettings(**own), WiseConfig.from_dict(config_values)
     chosen = load_edits(source, limit=settings.T)
     T = settings.edits_of(len(chosen))
-    it.kept = "no edit was finished"
+    it.kept = "the run is as it was" if resume else "no edit was finished"
     from wise_fast import actions  # after the cheap checks
     from wise_fast.lifelong import Run
     from wise_fast.run_progress import bars
