@@ -40,6 +40,7 @@ EDITS = [
 ]
 CONFIG = QUICK.replace(max_steps=6, mask_ratio=0.2, batch_size=2, shard_size=4, near=1)
 SETTINGS = RunSettings(evaluate_at=(1, 5), checkpoint_every=4, generate=False)
+_ATTEMPTS = 6
 ROUTINE = {os: ("write", "fsync", "rename", "replace", "open"), shutil: ("rmtree",)}
 
 
@@ -143,10 +144,14 @@ class Server:
 
     def case(self, number: int, faults: list[dict]) -> dict:
         """A run with these faults in turn, then resumed to its end."""
-        out = self.directory / f"case{number}"
         late = RunSettings(evaluate_at=(10,), checkpoint_every=1000, generate=False)
         settings = late if any("limit" in fault for fault in faults) else SETTINGS
-        left = [self.once(out, fault, settings) for fault in faults]
+        for attempt in range(_ATTEMPTS):
+            out = self.directory / f"case{number}-{attempt}"
+            left = [self.once(out, fault, settings) for fault in faults]
+            if left[0]["code"] != 0:
+                break
+            faults = [fault | {"after": fault["after"] / 2} for fault in faults]  # it was done before the kill came
         return {"faults": faults, "left": left} | self.whole(out, settings)
 
 

@@ -102,7 +102,9 @@ def edit(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to save the edits in.")],
     model: Model = "demo",
     limit: Limit = None,
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="JSON file of settings.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="JSON or YAML file of settings, or EasyEdit's for WISE.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting; may be repeated.")
     ] = None,

@@ -7,7 +7,7 @@ Texts are kept as they are, outer spaces included; joining prompt and target is 
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -93,15 +93,40 @@ class Superseded:
     contradicting: bool
 
 
-def load_edits(path: str | os.PathLike, *, limit: int | None = None) -> list[Edit]:
+def load_edits(
+    path: str | os.PathLike, *, limit: int | None = None, irrelevant: str | os.PathLike | None = None
+) -> list[Edit]:
     """The edits of a JSON list or JSON Lines file (told by its content), each record in any known format.
 
-    limit: read the first `limit` records only; later ones are not checked. Raises EditDataError, naming file, record
+    limit: read the first `limit` records only; later ones are not checked. irrelevant: a partner file with as many
+    records, as the hallucination and temporal sets have; each gives the edit in its place its `irrelevant` text, which
+    is its own such text, or else its first locality prompt with the answer. Raises EditDataError, naming file, record
     (from 1), line (JSON Lines) and field.
     """
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise EditDataError(f"limit: expected a whole number of at least 1, or None for all, got {shown(limit)}")
-    return _edits_from_text(_read_text(Path(path)), str(path), limit)
+    edits = _edits_from_text(_read_text(Path(path)), str(path), limit)
+    if irrelevant is None:
+        return edits
+    partners = _edits_from_text(_read_text(Path(irrelevant)), str(irrelevant), limit)
+    if len(partners) != len(edits):
+        raise EditDataError(
+            f"{irrelevant}: has {len(partners)} records, expected {len(edits)}, one for every edit of {path}; give the "
+            "partner of that file, or a limit that both have"
+        )
+    texts = [_irrelevant(f"{irrelevant}, record {n}", partner) for n, partner in enumerate(partners, start=1)]
+    return [replace(edit, irrelevant=text) for edit, text in zip(edits, texts, strict=True)]
+
+
+def _irrelevant(where: str, partner: Edit) -> str:
+    if partner.irrelevant is not None:
+        return partner.irrelevant
+    if not partner.locality:
+        raise EditDataError(
+            f"{where}: holds no irrelevant text; expected 'loc_prompt', 'irrelevant' or a locality prompt"
+        )
+    place = partner.locality[0]
+    return place.prompt if place.answer is None else joined(place.prompt, place.answer)
 
 
 def as_edits(edits: Edit | Mapping | Iterable[Edit | Mapping]) -> list[Edit]:
@@ -138,6 +163,11 @@ def demo_edits() -> list[Edit]:
     """The packaged set of counterfactual edits: 60 edits of 15 relations, each with everything a score needs."""
     file = resources.files("wise_fast") / "datasets" / "counterfactuals.json"
     return _edits_from_text(file.read_text(encoding="utf-8"), "counterfactuals.json", None)
+
+
+def joined(prompt: str, answer: str) -> str:
+    """Prompt and answer as one text, with a space between where neither brings white space."""
+    return prompt + ("" if prompt[-1:].isspace() or answer[:1].isspace() else " ") + answer
 
 
 def _folded(text: str) -> str:

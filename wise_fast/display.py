@@ -20,6 +20,11 @@ _MEANINGS = {
     "reliability": "target tokens predicted, the edits' prompts",
     "generalization": "target tokens predicted, paraphrases",
     "locality": "tokens unchanged, unrelated prompts",
+    "ood": "tokens with a probability above 0.8, out-of-distribution passages",
+    "perplexity": "(no share) perplexity of the targets",
+    "efficacy": "edits whose target is likelier than the truth",
+    "efficacy_rephrased": "paraphrases whose target is likelier than the truth",
+    "specificity": "neighbours whose own answer is likelier than the target",
     "exact": "free answers that are the target, the edits' prompts",
     "exact_rephrased": "free answers that are the target, paraphrases",
 }

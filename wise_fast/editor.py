@@ -224,7 +224,7 @@ class WiseEditor(Material):
 
     @property
     def state(self) -> EditorState:
-        """Everything that editing changes, as a value. Setting it serves that state; what could be undone is dropped."""
+        """Everything that editing changes, as a value. Setting it serves that one and forgets what could be undone."""
         return self._state
 
     @state.setter

@@ -284,8 +284,8 @@ class Run:
         raise StorageError(
             f"{self.out}: batch {number + 1} gave another state than the journal has (digest {str(digest)[:12]}, "
             f"journal {str(self._digests[number])[:12]}), so this would not be the same run any more "
-            f"({run_header.differences(self.header, now)}). Nothing was written. Resume with the libraries, threads and "
-            "device that it was begun with"
+            f"({run_header.differences(self.header, now)}). Nothing was added to it. Resume with the libraries, "
+            "threads and device that it was begun with"
         )
 
     def _leave(self) -> None:

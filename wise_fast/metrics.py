@@ -106,7 +106,17 @@ def passage(tokenizer: Any, text: str) -> Row:
 
 @torch.no_grad()
 def readings(method: Method, rows: Sequence[Row], advance: Advance | None = None) -> list[Reading]:
-    """Read every row under teacher forcing. `advance` is called with the number of rows of every batch that is done."""
+    """Read every row under teacher forcing. `advance` is called with the number of rows of every batch that is done.
+
+    Raises:
+        EditDataError: a row is longer than the model's context.
+    """
+    context = getattr(method.model.config, "max_position_embeddings", None)
+    longest = max((len(row.ids) for row in rows), default=0)
+    if context is not None and longest > context:
+        raise EditDataError(
+            f"a text to score has {longest} tokens, but the model's context is {context}; shorten it or split it"
+        )
     out: list[Reading] = [Reading(*(torch.empty(0),) * 3)] * len(rows)
     for chosen, batch in _batches(method, rows, advance):
         model = method.model

@@ -39,7 +39,9 @@ def run(
     evaluate_at: Annotated[str | None, typer.Option(help=_POINTS)] = None,
     generate: Annotated[bool | None, typer.Option("--generate/--no-generate", help="Also generate freely.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Edits between checkpoints.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, with its own options.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, with its own options.")
+    ] = False,
     seed: Seed = None,
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="Of the weights: auto (the default), float32, ...")] = None,
@@ -90,8 +92,7 @@ def _begun(header: dict | None) -> dict:
     named = {name: header.get(name) for name in ("model", "task", "T", "evaluate_at", "generate", "checkpoint_every")}
     base, libraries = header.get("base") or {}, header.get("libraries") or {}
     return _given(
-        named
-        | {"edits": header["edits"]["file"], "dtype": base.get("dtype"), "device": libraries.get("device")}
+        named | {"edits": header["edits"]["file"], "dtype": base.get("dtype"), "device": libraries.get("device")}
     )
 
 
@@ -109,7 +110,7 @@ def _run(it, values: dict, config_values: dict, resume: bool) -> None:
     settings, config = RunSettings(**own), WiseConfig.from_dict(config_values)
     chosen = load_edits(source, limit=settings.T)
     T = settings.edits_of(len(chosen))
-    it.kept = "no edit was finished"
+    it.kept = "the run is as it was" if resume else "no edit was finished"
     from wise_fast import actions  # after the cheap checks
     from wise_fast.lifelong import Run
     from wise_fast.run_progress import bars

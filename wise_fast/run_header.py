@@ -7,13 +7,12 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import transformers
 
-from wise_fast import fingerprint
+from wise_fast import __version__, fingerprint
 from wise_fast.atomic import write_file
 from wise_fast.data import Edit
 from wise_fast.errors import ConfigError, StorageError
@@ -99,7 +98,7 @@ def describe_method(method) -> dict:
 def libraries(device: torch.device) -> dict:
     """What results may depend on beside the settings."""
     return {
-        "wise_fast": version("wise_fast"),
+        "wise_fast": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
@@ -109,7 +108,7 @@ def libraries(device: torch.device) -> dict:
 
 
 def require_same(header: dict, given: dict) -> None:
-    """Raise ConfigError, naming the setting, unless a run with header `given` goes on as the one with `header` would."""
+    """Raise ConfigError, naming the setting, unless a run with header `given` goes on as one with `header` would."""
     for name in given:
         was, now = header.get(name), given[name]
         if was == now or name in _FREE or (name == "model" and given["base"]):

@@ -33,7 +33,7 @@ class Bars(Watcher):
     def begins(self, done: int, acknowledged: int) -> None:
         self.acknowledged = acknowledged
         again = f", {acknowledged - done} of them edited again" if acknowledged > done else ""
-        if acknowledged:
+        if acknowledged and not self.it.quiet:
             self.progress.console.print(f"resuming: {acknowledged} of {self.T} edits are kept{again}", highlight=False)
         self.progress.update(self.editing, completed=done)
         self.progress.start_task(self.editing)

@@ -62,7 +62,7 @@ class RunSettings:
 
     def edits_of(self, given: int) -> int:
         """T, where `given` edits are there; ConfigError if they are fewer."""
-        if self.T is not None and self.T > given:
+        if self.T is not None and given < self.T:
             raise ConfigError(f"T is {self.T}, but only {given} edits are given; give more of them or a smaller T")
         return given if self.T is None else self.T
 

@@ -1,13 +1,18 @@
-"""Settings from the command line: a JSON file, `--set key=value` and options, into one checked `WiseConfig`."""
+"""Settings from the command line: a file, `--set key=value` and options, into one checked `WiseConfig`."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from wise_fast.config import WiseConfig
+from wise_fast.easyedit import config_from_hparams
 from wise_fast.errors import ConfigError
+from wise_fast.value_files import read_values
+
+logger = logging.getLogger(__name__)
 
 _PYTHON = {"True": True, "False": False, "None": None}
 
@@ -15,8 +20,10 @@ _PYTHON = {"True": True, "False": False, "None": None}
 def build_config(file: Path | None, settings: Sequence[str], **options) -> WiseConfig:
     """The settings of `file`, then those of `settings` ("key=value"), then every option that is not None.
 
+    The file is JSON, YAML, or EasyEdit's hyper-parameters of WISE; of these, what has no counterpart is logged.
+
     Raises:
-        ConfigError: the file is not a JSON object, a setting is not "key=value", unknown or out of range.
+        ConfigError: the file is no JSON object or YAML mapping, a setting is not "key=value", unknown or out of range.
     """
     values = {} if file is None else _read(file)
     values |= dict(parse_setting(text) for text in settings)
@@ -38,12 +45,14 @@ def parse_setting(text: str) -> tuple[str, object]:
 
 
 def _read(file: Path) -> dict:
+    """The settings of a JSON or YAML file; EasyEdit's hyper-parameters, told by `alg_name`, as ours."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {file}: cannot be read ({error.strerror}); check the path") from None
-    except ValueError as error:
-        raise ConfigError(f"--config {file}: not valid JSON ({error}); expected an object of settings") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"--config {file}: holds a {type(values).__name__}, expected an object of settings")
-    return values
+        values = read_values(file)
+        if "alg_name" not in values:
+            return values
+        config, notes = config_from_hparams(values, str(file))
+    except ConfigError as error:
+        raise ConfigError(f"--config {error}") from None
+    for note in notes:
+        logger.warning("%s: %s", file, note)
+    return config.to_dict()

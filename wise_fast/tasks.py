@@ -6,8 +6,9 @@
     temporal        reliability, ood, locality                                  passages on new entities
     counterfact     reliability, generalization, locality, efficacy, efficacy_rephrased, specificity
 
-With `generate`, qa and counterfact also have `exact` and `exact_rephrased`. The targets of the other two are sentences
-and passages, which no free answer repeats word for word, so they generate nothing.
+What each figure is, is said in `wise_fast.scores.Score` and `wise_fast.measures`. With `generate`, qa and counterfact
+also have `exact` and `exact_rephrased`. The targets of the other two are sentences and passages, which no free answer
+repeats word for word, so they generate nothing.
 """
 
 from __future__ import annotations
@@ -18,15 +19,28 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from types import MappingProxyType
-from typing import Any
 
 from wise_fast import metrics
 from wise_fast.data import Edit, as_edits
-from wise_fast.metrics import Method, Reading, Row, passage, question
+from wise_fast.formats import check_texts
+from wise_fast.measures import (
+    LIKELY,
+    LIKELY_PASSAGES,
+    PERPLEXITY,
+    PREFERRED,
+    PREFERRED_BY_NEIGHBOURS,
+    PREFERRED_REPHRASED,
+    RIGHT,
+    RIGHT_REPHRASED,
+    UNCHANGED,
+    Measure,
+)
+from wise_fast.metrics import Method, Reading, Row, passage
 from wise_fast.scores import Evaluation, Score
 from wise_fast.state import EditReport
 
 _GENERATED = 8  # progress: what generating for a row costs, in rows that are only scored
+_NEW_TOKENS = 24  # longest free answer, unless a target is longer
 _EXACT = ("exact", "exact_rephrased")
 
 Progress = Callable[[int, int], None]
@@ -39,18 +53,6 @@ class Before:
 
     readings: Mapping[Row, Reading] = field(default_factory=dict)
     answers: Mapping[Asked, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One figure: the rows it reads for an edit, and what it makes of the readings (after, before) of them.
-
-    `compares` tells that it looks at the readings of the unedited model too.
-    """
-
-    rows: Callable[[Any, Edit], list[Row]]
-    value: Callable[[Sequence[Reading], Sequence[Reading]], float | None]
-    compares: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Task:
         rows = [row for sheet in self._sheets(method, chosen) for part in sheet.values() for row in part]
         prompts = [_asked(e.prompt, e) for e in chosen] if generate and self.generates else []
         work = _Work(progress, len(set(rows)) + _GENERATED * len(set(prompts)))
-        return _ask(method, rows, prompts, work, edited=False)
+        return _ask(method, rows, prompts, work, _room(method, chosen), edited=False)
 
     def score(
         self,
@@ -115,9 +117,10 @@ class Task:
         unanswered = [prompt for prompt in prompts if prompt not in held.answers]
         total = len(set(rows)) + len(set(missing)) + _GENERATED * (len({*prompts, *others}) + len(set(unanswered)))
         work = _Work(progress, total)
-        found = _ask(method, missing, unanswered, work, edited=False)
+        room = _room(method, chosen) if generate else 0
+        found = _ask(method, missing, unanswered, work, room, edited=False)
         old = Before({**held.readings, **found.readings}, {**held.answers, **found.answers})
-        new = _ask(method, rows, [*prompts, *others], work)
+        new = _ask(method, rows, [*prompts, *others], work, room)
         scores = tuple(self._scored(*pair, new, old) for pair in zip(chosen, sheets, strict=True))
         unedited = None
         if before is not None and all(row in old.readings for row in rows):
@@ -169,7 +172,15 @@ def _asked(prompt: str, edit: Edit) -> Asked:
     return prompt, metrics.lines(edit.target)
 
 
-def _ask(method: Method, rows: Sequence[Row], prompts: Sequence[Asked], work: _Work, edited: bool = True) -> Before:
+def _room(method: Method, edits: Sequence[Edit]) -> int:
+    """How long a free answer may be, in tokens: no target is cut off, and its natural stop fits."""
+    lengths = [len(method.tokenizer(e.target, add_special_tokens=False)["input_ids"]) for e in edits]
+    return max([_NEW_TOKENS, *(length + 2 for length in lengths)])
+
+
+def _ask(
+    method: Method, rows: Sequence[Row], prompts: Sequence[Asked], work: _Work, room: int, edited: bool = True
+) -> Before:
     """Readings and answers of the edited or the unedited model; what comes twice is asked once."""
     rows, prompts = list(dict.fromkeys(rows)), list(dict.fromkeys(prompts))
     if not rows and not prompts:
@@ -179,77 +190,29 @@ def _ask(method: Method, rows: Sequence[Row], prompts: Sequence[Asked], work: _W
         answers = metrics.answer(
             method,
             [prompt for prompt, _ in prompts],
+            max_new_tokens=room,
             advance=lambda count: work.advance(count, _GENERATED),
             kept_lines=[count for _, count in prompts],
         )
     return Before(dict(zip(rows, found, strict=True)), dict(zip(prompts, answers, strict=True)))
 
 
-def _direct(tokenizer: Any, edit: Edit) -> list[Row]:
-    return [question(tokenizer, edit.prompt, edit.target)]
-
-
-def _rephrased(tokenizer: Any, edit: Edit) -> list[Row]:
-    return [question(tokenizer, prompt, edit.target) for prompt in edit.rephrases]
-
-
-def _unrelated(tokenizer: Any, edit: Edit) -> list[Row]:
-    """Locality prompts with their reference answers; of one without, a single token is looked at."""
-    return [question(tokenizer, place.prompt, place.answer or "x") for place in edit.locality]
-
-
-def _passages(tokenizer: Any, edit: Edit) -> list[Row]:
-    return [passage(tokenizer, text) for text in edit.ood_prompts]
-
-
-def _against_truth(tokenizer: Any, edit: Edit) -> list[Row]:
-    pair = (edit.target, edit.truth) if edit.truth else ()
-    return [question(tokenizer, edit.prompt, text) for text in pair]
-
-
-def _rephrased_against_truth(tokenizer: Any, edit: Edit) -> list[Row]:
-    pair = (edit.target, edit.truth) if edit.truth else ()
-    return [question(tokenizer, prompt, text) for prompt in edit.rephrases for text in pair]
-
-
-def _neighbours(tokenizer: Any, edit: Edit) -> list[Row]:
-    """Of neighbours with a known answer: that answer, then the edit's target."""
-    known = [place for place in edit.locality if place.answer]
-    return [question(tokenizer, place.prompt, text) for place in known for text in (place.answer, edit.target)]
-
-
-_LOCALITY = Measure(_unrelated, metrics.unchanged, compares=True)
-_ASKED = {"reliability": Measure(_direct, metrics.right), "generalization": Measure(_rephrased, metrics.right)}
-
 TASKS: Mapping[str, Task] = MappingProxyType(
     {
-        "qa": Task("qa", _ASKED | {"locality": _LOCALITY}),
-        "hallucination": Task(
-            "hallucination",
-            {"perplexity": Measure(_direct, metrics.perplexity), "locality": _LOCALITY},
-            generates=False,
-        ),
-        # DESIGN section 5: both shares count tokens with a probability above 0.8. An out-of-distribution passage
-        # stands by itself, every token of it scored, and routed on the whole of it.
+        "qa": Task("qa", {"reliability": RIGHT, "generalization": RIGHT_REPHRASED, "locality": UNCHANGED}),
+        "hallucination": Task("hallucination", {"perplexity": PERPLEXITY, "locality": UNCHANGED}, generates=False),
         "temporal": Task(
-            "temporal",
-            {
-                "reliability": Measure(_direct, metrics.likely),
-                "ood": Measure(_passages, metrics.likely),
-                "locality": _LOCALITY,
-            },
-            generates=False,
+            "temporal", {"reliability": LIKELY, "ood": LIKELY_PASSAGES, "locality": UNCHANGED}, generates=False
         ),
-        # Meng et al. 2022: efficacy and paraphrase score compare the target with the truth, the neighbourhood score
-        # the neighbours' own answer with the target.
         "counterfact": Task(
             "counterfact",
-            _ASKED
-            | {
-                "locality": _LOCALITY,
-                "efficacy": Measure(_against_truth, metrics.preferred),
-                "efficacy_rephrased": Measure(_rephrased_against_truth, metrics.preferred),
-                "specificity": Measure(_neighbours, metrics.preferred),
+            {
+                "reliability": RIGHT,
+                "generalization": RIGHT_REPHRASED,
+                "locality": UNCHANGED,
+                "efficacy": PREFERRED,
+                "efficacy_rephrased": PREFERRED_REPHRASED,
+                "specificity": PREFERRED_BY_NEIGHBOURS,
             },
         ),
     }
@@ -278,9 +241,14 @@ def general_ability(
         before: `perplexity_before` of the same texts, if known; None asks the unedited model.
 
     Returns:
-        `perplexity_before`, `perplexity_after`: over all tokens of all texts, each with the same weight.
+        `perplexity_before`, `perplexity_after`: over all tokens of all texts, each with the same weight; None where
+        there is no token to predict.
+
+    Raises:
+        EditDataError: `texts` is no list of texts, or one is longer than the model's context.
     """
-    rows = [passage(method.tokenizer, text) for text in (held_out_texts() if texts is None else texts)]
+    texts = held_out_texts() if texts is None else check_texts(texts, "texts")
+    rows = [passage(method.tokenizer, text) for text in texts]
     if before is None:
         with method.disabled():
             before = metrics.perplexity(metrics.readings(method, rows))
