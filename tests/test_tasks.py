@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import math
-from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -335,7 +334,6 @@ class TestGeneralAbility:
         assert len(set(texts)) == len(texts) == 30 and all(60 < len(text) < 300 for text in texts)
         edits = json.dumps([edit.to_dict() for edit in demo_edits()])
         assert not [text for text in texts for part in text.split(". ") if part in edits]
-        assert (resources.files("wise_fast") / "datasets" / "README.md").is_file()
         found = general_ability(TableMethod({}))
         assert found["perplexity_before"] == found["perplexity_after"] == pytest.approx(260, rel=1e-3)
 

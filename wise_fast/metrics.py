@@ -183,7 +183,7 @@ def likely(after: Sequence[Reading], before: Sequence[Reading] = ()) -> float | 
 
 
 def perplexity(after: Sequence[Reading], before: Sequence[Reading] = ()) -> float | None:
-    """exp of the mean NLL over all labels of all rows, every label with the same weight."""
+    """exp of the mean NLL over all labels of all rows, every label with the same weight; inf or NaN if the NLL is."""
     found = [r.logp for r in after if len(r.logp)]
     return float((-torch.cat(found).double().mean()).exp()) if found else None
 
