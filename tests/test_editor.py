@@ -195,7 +195,7 @@ class TestSettings:
             dict(batch_size=1),
             dict(layout="element"),
             dict(protect=False),
-            dict(optimizer="sgd", lr=0.1),
+            dict(optimizer="sgd", lr=0.1, wave=4),
             dict(optimizer="sgd", lr=0.02, momentum=0.8, layout="element"),
             dict(weight_decay=1e-5, clamp=0.5),
             dict(reduction="max"),

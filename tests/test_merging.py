@@ -138,14 +138,21 @@ class TestEditorShards:
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_merge_mode_merges_every_group(self, layout):
-        editor = make_editor(FACTS, shard_size=1, mode="merge", shards=2, density=1.0, layout=layout)
-        assert [m.edits for m in editor.memories] == [(0, 1), (2,), (3,)] and editor._state.merges == 1
+        """As soon as its last shard is full, not when the next one opens."""
+        editor = make_editor(FACTS[:3], shard_size=1, mode="merge", shards=2, density=1.0, layout=layout)
+        assert [m.edits for m in editor.memories] == [(0, 1), (2,)] and editor._state.merges == 1
+        assert editor._state.shard is None
         state = editor._state
-        editor.edit({"prompt": "One more thing", "target": "ok"})
-        assert [m.edits for m in editor.memories] == [(0, 1, 2, 3), (4,)] and editor._state.merges == 2
-        torch.testing.assert_close(editor.memories[0].dense(), dense_ties(state.memories, 1.0))
+        editor.config = editor.config.replace(shards=3)
+        editor.edit(FACTS[3])
+        closing = editor._state.memories
+        assert [m.edits for m in closing] == [(0, 1), (2,), (3,)] and editor._state.merges == 1
         editor.rollback()
         assert editor._state is state
+        editor.config = editor.config.replace(shards=2)
+        editor.edit(FACTS[3])
+        assert [m.edits for m in editor.memories] == [(0, 1, 2, 3)] and editor._state.merges == 2
+        torch.testing.assert_close(editor.memories[0].dense(), dense_ties(closing, 1.0))
 
     def test_columns_outside_the_mask_add_nothing(self):
         editor = make_editor(FACTS)

@@ -31,6 +31,9 @@ Model = Annotated[str, typer.Option("--model", "-m", help="'demo', a directory, 
 Pack = Annotated[Path, typer.Option("--pack", "-p", help="Directory that `edit --out` wrote.")]
 Device = Annotated[str | None, typer.Option(help="Where to run, such as cuda or cpu.")]
 Dtype = Annotated[str, typer.Option(help="Of the weights: auto keeps the stored one; float32, bfloat16, ...")]
+Irrelevant = Annotated[
+    Path | None, typer.Option(help="Partner file with as many records: the edits' texts for the margin loss.")
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many edits of the file.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Of masks, prefixes and their order.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
@@ -100,6 +103,7 @@ def edit(
     context: typer.Context,
     edits: Annotated[Path, typer.Option("--edits", "-e", help="JSON list or JSON Lines file of edits.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to save the edits in.")],
+    irrelevant: Irrelevant = None,
     model: Model = "demo",
     limit: Limit = None,
     config: Annotated[
@@ -121,7 +125,7 @@ def edit(
     with terminal(context, as_json, verbose, quiet) as it:
         from wise_fast.data import load_edits
 
-        chosen = load_edits(edits, limit=limit)
+        chosen = load_edits(edits, limit=limit, irrelevant=irrelevant)
         values = build_config(config, settings or (), layer=layer, seed=seed)
         from wise_fast import actions  # after the cheap checks
 

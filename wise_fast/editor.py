@@ -90,6 +90,8 @@ class WiseEditor(Material):
                 count = min(self.config.batch_size, len(kept) - first, self._room(state))
                 rows = slice(first, first + count)
                 state, batch = self._edit_batch(state, kept[rows], examples[rows])
+                if self._room(state) == 0:
+                    state = merging.close_shard(state, self.config)
                 if len(state.reports) > len(self._state.reports):  # a batch that diverged as a whole leaves no trace
                     self._commit(state)
                 reports.update(zip(places[rows], batch, strict=True))
@@ -103,11 +105,9 @@ class WiseEditor(Material):
             self._examples([edit], [place])
 
     def _open_shard(self, state: EditorState) -> EditorState:
-        """The state with an open shard that has room, closing and merging full ones."""
-        if state.shard is not None and self._room(state) > 0:
-            return state
+        """The state with an open shard."""
         if state.shard is not None:
-            state = merging.close_shard(state, self.config)
+            return state
         generator = torch.Generator().manual_seed(seed_of(self.config.seed, "mask", state.opened))
         shape = (self.architecture.d_out, self.architecture.d_ff)
         memory = SideMemory.blank(self.config.layout, shape, self.config.mask_ratio, generator, self.device)

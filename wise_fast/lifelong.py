@@ -85,7 +85,7 @@ class Run:
         settings: `RunSettings()` when None.
         name: of the method, in the evaluations.
         model: of the model, for the header.
-        source: the file that the edits came from, for the header.
+        source, partner: the file that the edits came from, and that of their irrelevant texts, for the header.
         resume: go on with the run in `out`; where none was begun yet, begin it.
 
     Raises:
@@ -104,6 +104,7 @@ class Run:
         name: str = "wise_fast",
         model: str | None = None,
         source: str | Path | None = None,
+        partner: str | Path | None = None,
         resume: bool = False,
     ):
         self.method, self.name, self.out = method, name, Path(out)
@@ -119,7 +120,7 @@ class Run:
         found = run_header.claim(self.out, resume)
         if self._stateful:
             method.check(self.edits)
-        header = self._header(model, None if source is None else Path(source))
+        header = self._header(model, *(None if path is None else Path(path) for path in (source, partner)))
         if found is None:
             run_header.write_header(self.out, header)
             found = header
@@ -134,7 +135,7 @@ class Run:
         self._held_out: float | None = None
         self._at = 0  # batches that the method's state has behind it
 
-    def _header(self, model: str | None, source: Path | None) -> dict:
+    def _header(self, model: str | None, source: Path | None, partner: Path | None) -> dict:
         known = run_header.describe_method(self.method)
         return {
             "format": run_header.FORMAT,
@@ -145,7 +146,7 @@ class Run:
             "mode": known.pop("mode"),
             "T": self.T,
             "batch_size": known.pop("batch_size"),
-            "edits": run_header.describe_edits(self.edits, source),
+            "edits": run_header.describe_edits(self.edits, source, partner),
             "evaluate_at": list(self.points),
             "generate": self.settings.generate,
             "checkpoint_every": self.settings.checkpoint_every,

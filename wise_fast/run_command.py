@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from wise_fast import display
-from wise_fast.commands import Device, Json, Quiet, Seed, Verbose, command
+from wise_fast.commands import Device, Irrelevant, Json, Quiet, Seed, Verbose, command
 from wise_fast.errors import ConfigError
 from wise_fast.run_settings import RunSettings, parse_points, read_run_file
 from wise_fast.settings import parse_setting
@@ -27,6 +27,7 @@ def run(
     context: typer.Context,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Directory of the run, new or empty.")] = None,
     edits: Annotated[Path | None, typer.Option("--edits", "-e", help="JSON list or JSON Lines file of edits.")] = None,
+    irrelevant: Irrelevant = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help=_MODEL)] = None,
     task: Annotated[str | None, typer.Option(help=_TASK)] = None,
     T: Annotated[int | None, typer.Option("--T", min=1, help="Edits in all; by default the whole file.")] = None,
@@ -56,6 +57,7 @@ def run(
     given = {
         "out": out and str(out),
         "edits": edits and str(edits),
+        "irrelevant": irrelevant and str(irrelevant),
         "model": model,
         "task": task,
         "T": T,
@@ -91,9 +93,8 @@ def _begun(header: dict | None) -> dict:
         return {}
     named = {name: header.get(name) for name in ("model", "task", "T", "evaluate_at", "generate", "checkpoint_every")}
     base, libraries = header.get("base") or {}, header.get("libraries") or {}
-    return _given(
-        named | {"edits": header["edits"]["file"], "dtype": base.get("dtype"), "device": libraries.get("device")}
-    )
+    files = {"edits": header["edits"]["file"], "irrelevant": header["edits"].get("irrelevant")}
+    return _given(named | files | {"dtype": base.get("dtype"), "device": libraries.get("device")})
 
 
 def _run(it, values: dict, config_values: dict, resume: bool) -> None:
@@ -108,7 +109,8 @@ def _run(it, values: dict, config_values: dict, resume: bool) -> None:
     if "evaluate_at" in values:
         own["evaluate_at"] = parse_points(values["evaluate_at"])
     settings, config = RunSettings(**own), WiseConfig.from_dict(config_values)
-    chosen = load_edits(source, limit=settings.T)
+    partner = values.get("irrelevant")
+    chosen = load_edits(source, limit=settings.T, irrelevant=partner)
     T = settings.edits_of(len(chosen))
     it.kept = "the run is as it was" if resume else "no edit was finished"
     from wise_fast import actions  # after the cheap checks
@@ -117,7 +119,7 @@ def _run(it, values: dict, config_values: dict, resume: bool) -> None:
 
     editor = actions.new_editor(it, model, values.get("dtype", "auto"), values.get("device"), config)
     with it.step("preparing"):
-        run = Run(editor, chosen, out, settings, model=model, source=source, resume=resume)
+        run = Run(editor, chosen, out, settings, model=model, source=source, partner=partner, resume=resume)
     with bars(it, T, f"wise-fast run --resume --out {shlex.quote(str(out))}") as watcher:
         done = run.run(watcher)
     if done.failed:

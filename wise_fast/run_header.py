@@ -73,10 +73,15 @@ def write_header(out: Path, header: dict) -> None:
     write_file(out / HEADER, (json.dumps(jsonable(header), indent=1) + "\n").encode())
 
 
-def describe_edits(edits: Sequence[Edit], source: Path | None) -> dict:
-    """The name of the file the edits came from, and the sha256 of its bytes; of the edits themselves without a file."""
-    data = source.read_bytes() if source else json.dumps([edit.to_dict() for edit in edits]).encode()
-    return {"file": None if source is None else str(source.absolute()), "sha256": hashlib.sha256(data).hexdigest()}
+def describe_edits(edits: Sequence[Edit], source: Path | None, partner: Path | None = None) -> dict:
+    """The files the edits came from, and the sha256 of their bytes; of the edits themselves without a file."""
+    if source is None:
+        data = json.dumps([edit.to_dict() for edit in edits]).encode()
+    else:
+        data = b"".join(path.read_bytes() for path in (source, partner) if path is not None)
+    names = {"file": source, "irrelevant": partner}
+    named = {name: None if path is None else str(path.absolute()) for name, path in names.items()}
+    return {**named, "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def describe_method(method) -> dict:

@@ -15,6 +15,7 @@ OPTIONS = (
     "model",
     "task",
     "edits",
+    "irrelevant",
     "T",
     "mode",
     "out",
