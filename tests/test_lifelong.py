@@ -462,6 +462,20 @@ class TestCommand:
         assert "after edits" in table.stdout and "resuming: 3 of 5" in table.stderr
         assert [line["first"] for line in lines(out)] == [0, 1, 3]
 
+    def test_a_partner_file_of_irrelevant_texts_is_part_of_the_run(self, files, tmp_path):
+        partner, out = tmp_path / "irrelevant.json", tmp_path / "r"
+        partner.write_text(json.dumps([{"prompt": f"Far {n}:", "target": "x"} for n in range(len(EDITS))]))
+        other = tmp_path / "other.json"
+        other.write_text(partner.read_text().replace("Far", "Near"))
+        few = ("-c", files / "run.yaml", "--T", 1, "--set", "max_steps=2", "-o", out)
+        found = json.loads(self.invoke(*few, "--irrelevant", partner, "--json", code=3).stdout)
+        assert found["edits"]["irrelevant"] == str(partner)
+        (edit,) = [report["edit"] for line in lines(out) for report in line["reports"]]
+        assert edit["irrelevant"].startswith("Far 0:")
+        self.invoke("--resume", "-o", out, code=3)
+        refused = self.invoke("--resume", "-o", out, "--irrelevant", other, code=1).stderr
+        assert "begun with edits" in " ".join(refused.split())
+
     @pytest.mark.parametrize(
         "arguments, words",
         [
