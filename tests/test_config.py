@@ -13,7 +13,16 @@ from wise_fast.errors import ConfigError, WiseError
 SHARES = ("mask_ratio", "density", "act_ratio")
 POSITIVE = ("lr", "protect_lambda", "protect_irrelevant", "near_limit", "clamp")
 NOT_NEGATIVE = ("alpha", "beta", "gamma", "margin_weight", "nll", "momentum", "weight_decay", "drop_rate")
-COUNTS = ("max_steps", "min_steps", "shards", "batch_size", "prefix_tokens", "prefixes_per_step", "shard_size")
+COUNTS = (
+    "max_steps",
+    "min_steps",
+    "shards",
+    "batch_size",
+    "wave",
+    "prefix_tokens",
+    "prefixes_per_step",
+    "shard_size",
+)
 COUNTS_OR_0 = ("prefixes", "dropped", "near", "undo_depth", "seed")
 CHOICES = {
     "layout": ("neuron", "element"),

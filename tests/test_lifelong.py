@@ -464,7 +464,9 @@ class TestCommand:
 
     def test_a_partner_file_of_irrelevant_texts_is_part_of_the_run(self, files, tmp_path):
         partner, out = tmp_path / "irrelevant.json", tmp_path / "r"
-        partner.write_text(json.dumps([{"prompt": f"Far {n}:", "target": "x"} for n in range(len(EDITS))]))
+        partner.write_text(
+            json.dumps([{"prompt": "a", "target": "x", "irrelevant": f"Far {n}:"} for n in range(len(EDITS))])
+        )
         other = tmp_path / "other.json"
         other.write_text(partner.read_text().replace("Far", "Near"))
         few = ("-c", files / "run.yaml", "--T", 1, "--set", "max_steps=2", "-o", out)

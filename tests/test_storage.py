@@ -24,7 +24,6 @@ from wise_fast.editor import WiseEditor
 from wise_fast.errors import ConfigError, StorageError
 from wise_fast.ffn import DualMemoryLinear
 from wise_fast.memory import SideMemory
-from wise_fast.merging import close_shard
 from wise_fast.state import EditorState, EditReport
 
 QUICK = WiseConfig(
@@ -143,7 +142,7 @@ def refuses(directory, match, model=None, error=StorageError):
 def test_a_loaded_editor_answers_bit_for_bit_like_the_saved_one(tmp_path, mode, layout, dtype):
     editor = make_editor(4 if mode == "leverage" else 5, layout=layout, **MODES[mode])
     if mode == "leverage":  # every shard closed, so that all have factors
-        editor._set_state(close_shard(editor._state, editor.config))
+        assert editor._state.shard is None
     editor.model.to(dtype)
     editor._set_state(editor._state)
     with_scope(editor)
@@ -194,13 +193,13 @@ def test_a_loaded_editor_opens_a_fresh_shard_for_the_next_edit(tmp_path):
 
 
 def test_a_merge_waits_until_the_next_shard_closes(tmp_path):
-    editor = make_editor(2, **MODES["merge"])
+    editor = make_editor(3, **MODES["merge"] | {"shard_size": 2})
     editor.save_pretrained(tmp_path / "out")
     loaded = WiseEditor.from_pretrained(tiny_model("llama"), tiny_tokenizer(), tmp_path / "out")
     assert (len(loaded._state.closed), loaded._state.merges) == (2, 0)
-    loaded.edit(edits(4)[2:])
+    loaded.edit(edits(5)[3:])
     assert (len(loaded._state.merged), len(loaded._state.closed), loaded._state.merges) == (1, 0, 1)
-    assert loaded._state.merged[0].edits == (0, 1, 2)
+    assert loaded._state.merged[0].edits == (0, 1, 2, 3, 4)
 
 
 def test_an_editor_without_edits(tmp_path):
