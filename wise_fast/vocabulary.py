@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 WHOLE_VOCABULARY = 16384  # up to here the whole head is computed at every step
-LIKELY_TOKENS = 64  # per label position
+LIKELY_TOKENS = 256  # per label position
 
 
 @dataclass(frozen=True)
