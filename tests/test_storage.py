@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -597,6 +598,24 @@ def test_readers_and_writers_at_once_see_whole_directories(tmp_path):
     for thread in threads:
         thread.join()
     assert not failures and os.listdir(tmp_path) == ["out"]
+
+
+def test_a_directory_that_another_writer_is_replacing_is_looked_at_under_the_lock(tmp_path, monkeypatch):
+    """Looked at before, its files seem to be no files while the other writer renames it."""
+    editor, locked, seen = make_editor(1), atomic._locked, []
+    editor.save_pretrained(tmp_path / "out")
+    look = atomic._require_replaceable
+
+    @contextmanager
+    def watched(*given, **more):
+        with locked(*given, **more):
+            seen.append("locked")
+            yield
+
+    monkeypatch.setattr(atomic, "_locked", watched)
+    monkeypatch.setattr(atomic, "_require_replaceable", lambda *given: seen.append("looked") or look(*given))
+    editor.save_pretrained(tmp_path / "out")
+    assert seen == ["locked", "looked"]
 
 
 def test_state_that_could_not_be_loaded_again_is_not_written(tmp_path):

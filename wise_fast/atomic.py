@@ -35,7 +35,6 @@ def write_directory(directory: str | os.PathLike, files: dict[str, bytes], owned
     made: list[Path] = []
     try:
         target = _resolved(directory)
-        _require_replaceable(target, set(owned))
         made = [path for path in target.parents if not path.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.parent, exclusive=True):
