@@ -16,20 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-import torch
 from torch import nn
 
 from bench import memory, records
 from bench.methods import NAMES, Method, digest, make_method, served
 from bench.records import ENVIRONMENT_COLUMNS
-from bench.run import at_least, read_edits
-from wise_fast import run_header
+from bench.run import add_source, at_least, read_edits
+from wise_fast import recorded, run_header
 from wise_fast.data import Edit, deduplicate
 from wise_fast.errors import ConfigError, WiseError
 from wise_fast.journal import Journal
-from wise_fast.material import seed_of
 from wise_fast.models import load_model
 from wise_fast.report import write_report
+from wise_fast.routing_scores import sample_prompts
 from wise_fast.run_settings import RunSettings, batches, parse_points
 from wise_fast.settings import parse_setting
 from wise_fast.tasks import TASKS, general_ability
@@ -41,7 +40,6 @@ _FIGURES = (
 _COSTS = ("seconds_per_edit", "edit_seconds", "successes", "memories", "served_mb", "peak_mb")
 COLUMNS = (*ENVIRONMENT_COLUMNS, "method", "task", "edits", "offset", "seed", "T", "settings", *_FIGURES, *_COSTS)
 _HIDDEN = (*ENVIRONMENT_COLUMNS, "settings", "edits", "offset", "task", "seed")
-_SAMPLE = 100  # edits whose prompts are routed at an evaluation
 _MB = 1e6
 
 
@@ -89,8 +87,8 @@ def run_method(plan: Plan, method: Method, out: Path) -> list[dict]:
 
 def _header(plan: Plan, method: Method) -> dict:
     return {
-        "format": run_header.FORMAT,
-        "version": run_header.VERSION,
+        "format": recorded.FORMAT,
+        "version": recorded.VERSION,
         "method": method.name,
         "model": plan.model,
         "task": plan.settings.task,
@@ -126,14 +124,7 @@ def evaluate(plan: Plan, method: Method, t: int) -> dict:
 
 def _routing(method: Method, edits: Sequence[Edit], seed: int) -> dict[str, list[float]] | None:
     """Ratios to the threshold of a seeded sample of edits, of their paraphrases and of unrelated prompts."""
-    generator = torch.Generator().manual_seed(seed_of(seed, "routing", len(edits)))
-    chosen = [edits[i] for i in torch.randperm(len(edits), generator=generator)[:_SAMPLE].sort().values.tolist()]
-    prompts = {
-        "edit": [edit.prompt for edit in chosen],
-        "rephrase": [text for edit in chosen for text in edit.rephrases[:1]],
-        "unrelated": [place.prompt for edit in chosen for place in edit.locality[:1]],
-    }
-    found = {kind: method.ratios(texts) for kind, texts in prompts.items()}
+    found = {kind: method.ratios(texts) for kind, texts in sample_prompts(edits, seed).items()}
     return None if found["edit"] is None else found
 
 
@@ -191,10 +182,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.lifelong", description="methods side by side, over many edits"
     )
-    parser.add_argument("--model", default="demo", help="'demo', a model's directory or a hub id (%(default)s)")
-    parser.add_argument("--dtype", default="auto", help="of the model (%(default)s: as stored)")
-    parser.add_argument("--device", help="such as cuda:0 (default: the CPU)")
-    parser.add_argument("--edits", type=Path, help="file of edits (default: the packaged demo set)")
+    add_source(parser)
     parser.add_argument("--T", type=at_least(1), help="edits to teach (default: all)")
     parser.add_argument("--offset", type=at_least(0), default=0, help="edits left out before them (%(default)s)")
     parser.add_argument("--methods", type=_names, default=NAMES, help=f"of {','.join(NAMES)}, in this order")

@@ -16,7 +16,7 @@ from statistics import fmean
 
 from bench import records
 from bench.records import ENVIRONMENT_COLUMNS, percentiles
-from bench.run import at_least, read_edits
+from bench.run import add_source, at_least, read_edits
 from wise_fast import Edit, WiseConfig, WiseEditor, evaluate
 from wise_fast.errors import WiseError
 from wise_fast.models import load_model
@@ -52,10 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description="edit, then score all edits")
-    parser.add_argument("--model", default="demo", help="'demo', a model's directory or a hub id (%(default)s)")
-    parser.add_argument("--dtype", default="auto", help="of the model (%(default)s: as stored)")
-    parser.add_argument("--device", help="such as cuda:0 (default: the CPU)")
-    parser.add_argument("--edits", type=Path, help="file of edits (default: the packaged demo set)")
+    add_source(parser)
     parser.add_argument("--limit", type=at_least(1), help="edits taken from it (default: all)")
     parser.add_argument("--offset", type=at_least(0), default=0, help="edits left out before them (%(default)s)")
     parser.add_argument("--batch-size", type=int, help="edits trained together")

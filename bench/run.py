@@ -34,10 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description="measure wise_fast beside its references")
-    parser.add_argument("--model", default="demo", help="'demo', a model's directory or a hub id (%(default)s)")
-    parser.add_argument("--dtype", default="auto", help="of the model (%(default)s: as stored)")
-    parser.add_argument("--device", help="such as cuda:0 (default: the CPU); the memory section is CPU only")
-    parser.add_argument("--edits", type=Path, help="file of edits (default: the packaged demo set)")
+    add_source(parser)
     parser.add_argument("--limit", type=at_least(1), default=10, help="edits taken from it (%(default)s)")
     parser.add_argument("--baseline-edits", type=at_least(0), default=1, help="edits the baseline learns (%(default)s)")
     parser.add_argument(
@@ -54,6 +51,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=records.RESULTS, help="directory of CSV files (bench/results)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(arguments)
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Options of every benchmark: the model and the file of edits."""
+    parser.add_argument("--model", default="demo", help="'demo', a model's directory or a hub id (%(default)s)")
+    parser.add_argument("--dtype", default="auto", help="of the model (%(default)s: as stored)")
+    parser.add_argument("--device", help="such as cuda:0 (default: the CPU; memory is CPU only)")
+    parser.add_argument("--edits", type=Path, help="file of edits (default: the packaged demo set)")
 
 
 def at_least(least: int) -> Callable[[str], int]:

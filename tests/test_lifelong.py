@@ -389,7 +389,8 @@ class TestRunFile:
 
 class TestRoutingRatios:
     @pytest.fixture(scope="class")
-    def editor(self):
+    @classmethod
+    def editor(cls):
         editor = new_editor(max_steps=30, mask_ratio=0.6)
         editor.edit(EDITS[:8])
         return editor
@@ -417,7 +418,8 @@ class TestRoutingRatios:
 
 class TestCommand:
     @pytest.fixture(scope="class")
-    def files(self, tmp_path_factory):
+    @classmethod
+    def files(cls, tmp_path_factory):
         root = tmp_path_factory.mktemp("command")
         wide_model().save_pretrained(root / "model")
         tiny_tokenizer().save_pretrained(root / "model")

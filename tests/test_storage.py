@@ -488,7 +488,7 @@ def test_places_that_cannot_be_written(tmp_path, path):
     assert editor._state is state and all(torch.equal(a, b) for a, b in zip(before, served(editor), strict=True))
 
 
-CALLS = [(atomic, "_write"), (atomic, "_sync"), (os, "rename"), (os, "fsync"), (atomic.Path, "mkdir")]
+CALLS = [(atomic, "_write"), (atomic, "sync_directory"), (os, "rename"), (os, "fsync"), (atomic.Path, "mkdir")]
 
 
 def failing_after(call, count, error):

@@ -66,7 +66,7 @@ def write_file(path: str | os.PathLike, data: bytes) -> None:
         new.unlink(missing_ok=True)
         _write(new, data)
         os.replace(new, target)
-        _sync(target.parent)
+        sync_directory(target.parent)
     except OSError as error:
         with suppress(OSError):
             new.unlink()
@@ -160,7 +160,7 @@ def _replace(target: Path, files: dict[str, bytes]) -> None:
         new.mkdir()
         for name, data in files.items():
             _write(new / name, data)
-        _sync(new)
+        sync_directory(new)
         if target.exists():
             os.rename(target, old)
         os.rename(new, target)
@@ -171,7 +171,7 @@ def _replace(target: Path, files: dict[str, bytes]) -> None:
         raise
     try:
         with suppress(OSError):  # the new one is in place: too late to say no
-            _sync(target.parent)
+            sync_directory(target.parent)
     finally:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -183,7 +183,7 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     """Put a directory's entries on the disk, where the system can."""
     if fcntl is None:
         return

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from wise_fast.atomic import sync_directory
 from wise_fast.errors import StorageError
 
 try:
@@ -56,7 +57,7 @@ class Journal:
                 logger.warning("%s: its last line was not finished; %d bytes are cut off", self.path, torn)
                 os.ftruncate(self._handle, self.size)
             os.fsync(self._handle)
-            _sync_directory(self.path.parent)
+            sync_directory(self.path.parent)
         except BaseException as error:
             self.close()
             if isinstance(error, StorageError) or not isinstance(error, OSError):
@@ -170,13 +171,3 @@ def _decode(line: bytes) -> dict | None:
     if line[-_TAIL:] != _MARK + hashlib.sha256(body).hexdigest().encode() + _END:
         return None
     return json.loads(body)
-
-
-def _sync_directory(directory: Path) -> None:
-    if fcntl is None:
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

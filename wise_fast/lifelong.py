@@ -24,7 +24,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from wise_fast import gauges, run_header
+from wise_fast import gauges, recorded, run_header
 from wise_fast.checkpoint import Checkpoints, Digester
 from wise_fast.data import Edit, deduplicate
 from wise_fast.errors import ConfigError, StorageError, WiseError
@@ -138,8 +138,8 @@ class Run:
     def _header(self, model: str | None, source: Path | None, partner: Path | None) -> dict:
         known = run_header.describe_method(self.method)
         return {
-            "format": run_header.FORMAT,
-            "version": run_header.VERSION,
+            "format": recorded.FORMAT,
+            "version": recorded.VERSION,
             "method": self.name,
             "model": model,
             "task": self.settings.task,

@@ -23,32 +23,21 @@ def absorb(p: Tensor, a: Tensor, strength: float) -> Tensor:
 
     `strength` is lambda in units of the mean of `a P a^T` over the tokens, so it falls as the columns fill.
     """
-    half = gain(p, a, strength_of(p, a, strength))
+    half = gain(p, weighted(p, a, strength))
     return torch.addmm(p, half.t(), half, alpha=-1.0)
 
 
-def strength_of(p: Tensor, a: Tensor, strength: float) -> float:
-    """lambda for these activations, from what it is in units of the mean of `a P a^T`."""
-    return strength * max(float(((a @ p) * a).sum(-1).mean()), torch.finfo(p.dtype).tiny)
+def weighted(p: Tensor, a: Tensor, strength: float) -> Tensor:
+    """`a / sqrt(lambda)` [N, K], which holds all that `P` takes from these activations: lambda is 1 for them."""
+    scale = strength * ((a @ p) * a).sum(-1).mean().clamp_min(torch.finfo(p.dtype).tiny)
+    return a / scale.sqrt()
 
 
-def gain(p: Tensor, a: Tensor, scale: float) -> Tensor:
-    """`H` [N, K] such that `P - H^T H` is the matrix once `a` [N, K] has been written with this lambda."""
+def gain(p: Tensor, a: Tensor) -> Tensor:
+    """`H` [N, K] such that `P - H^T H` is the matrix once `a` [N, K], `weighted`, has been written."""
     pa = a @ p
     gram = pa @ a.t()
-    gram.diagonal().add_(scale)
-    return torch.linalg.solve_triangular(torch.linalg.cholesky(gram), pa, upper=False)
-
-
-def loss(p: Tensor, a: Tensor, scale: float) -> Tensor:
-    """`H` [N, K] such that `P + H^T H` is the matrix without `a` [N, K], which was written with this lambda.
-
-    Raises:
-        torch.linalg.LinAlgError: `a` is not in `p`, or hides behind rounding.
-    """
-    pa = a @ p
-    gram = pa @ a.t()
-    gram.neg_().diagonal().add_(scale)
+    gram.diagonal().add_(1.0)
     return torch.linalg.solve_triangular(torch.linalg.cholesky(gram), pa, upper=False)
 
 

@@ -102,7 +102,7 @@ def read_runs(directories: Iterable[Path]) -> list[Run]:
 
 def read_run(directory: Path) -> Run:
     """One run directory. Raises StorageError as `read_runs` does."""
-    header = _header(directory / HEADER)
+    header = read_header(directory)
     notes: list[str] = []
     batches = [line for line in _lines(directory / JOURNAL, notes) if isinstance(line.get("reports"), list)]
     points: dict[int, dict] = {}
@@ -113,18 +113,21 @@ def read_run(directory: Path) -> Run:
     return Run(directory, str(header.get("method", directory.name)), header, tuple(batches), evaluations, tuple(notes))
 
 
-def _header(path: Path) -> dict:
+def read_header(directory: Path) -> dict:
+    """What `run.json` says of the run in `directory`. StorageError where there is none that this version reads."""
+    path = directory / HEADER
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({error.strerror}); name a directory of a run") from error
     except ValueError as error:
-        raise StorageError(f"{path}: damaged ({error}), expected the JSON header of a run") from None
+        raise StorageError(f"{path}: is damaged ({error}); restore it from a copy") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise StorageError(f"{path}: is no header of a run, expected format {FORMAT!r}")
-    version = header.get("version")
-    if not isinstance(version, int) or version > VERSION:
-        raise StorageError(f"{path}: is of version {version!r}, this wise_fast reads up to {VERSION}; update it")
+        raise StorageError(f"{path}: is not the header of a run: its format is not {FORMAT!r}")
+    if header.get("version") != VERSION:
+        raise StorageError(
+            f"{path}: has version {header.get('version')!r}, this wise_fast reads {VERSION}; use the one that wrote it"
+        )
     return header
 
 

@@ -12,9 +12,10 @@ from wise_fast.data import Edit
 from wise_fast.material import seed_of
 
 _BATCH = 16
+SAMPLE = 100  # edits whose prompts are asked
 
 
-def routing_ratios(method, edits: Sequence[Edit], seed: int = 0, most: int = 100) -> dict[str, list[float]] | None:
+def routing_ratios(method, edits: Sequence[Edit], seed: int = 0, most: int = SAMPLE) -> dict[str, list[float]] | None:
     """Ratios for the prompts of a sample of edits, their first rephrases, and their first locality prompts.
 
     Args:
@@ -30,14 +31,18 @@ def routing_ratios(method, edits: Sequence[Edit], seed: int = 0, most: int = 100
     routing = getattr(method, "routing", None)
     if routing is None or not method.projection.memories:
         return None
+    return {kind: _ratios(method, texts) for kind, texts in sample_prompts(edits, seed, most).items()}
+
+
+def sample_prompts(edits: Sequence[Edit], seed: int, most: int = SAMPLE) -> dict[str, list[str]]:
+    """The prompts of at most so many of these edits: `edit`, first `rephrase`, first `unrelated` one."""
     generator = torch.Generator().manual_seed(seed_of(seed, "routing", len(edits)))
     chosen = [edits[i] for i in torch.randperm(len(edits), generator=generator)[:most].sort().values.tolist()]
-    prompts = {
+    return {
         "edit": [edit.prompt for edit in chosen],
         "rephrase": [text for edit in chosen for text in edit.rephrases[:1]],
         "unrelated": [place.prompt for edit in chosen for place in edit.locality[:1]],
     }
-    return {kind: _ratios(method, texts) for kind, texts in prompts.items()}
 
 
 @torch.no_grad()

@@ -17,9 +17,8 @@ from wise_fast.atomic import write_file
 from wise_fast.data import Edit
 from wise_fast.errors import ConfigError, StorageError
 from wise_fast.journal import jsonable
+from wise_fast.recorded import HEADER, read_header
 
-FORMAT, VERSION = "wise_fast run", 1
-HEADER = "run.json"
 _FREE = ("libraries", "checkpoint_every")  # may differ when a run is resumed
 _NAMES = {"config": "{}", "base": "the model's {}", "edits": "edits ({})"}
 _UNFINISHED = f".{HEADER}.wise-new"
@@ -44,24 +43,6 @@ def claim(out: Path, resume: bool) -> dict | None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise StorageError(f"{out}: {parent} cannot be written; name another place or change its permissions")
     return None
-
-
-def read_header(out: Path) -> dict:
-    """The header of the run in `out`. Raises StorageError where there is none that this version reads."""
-    try:
-        header = json.loads((out / HEADER).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StorageError(f"{out / HEADER}: cannot be read ({error.strerror}); expected that of a run") from error
-    except ValueError as error:
-        raise StorageError(f"{out / HEADER}: is damaged ({error}); restore it from a copy") from None
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise StorageError(f"{out / HEADER}: is not the header of a run: its format is not {FORMAT!r}")
-    if header.get("version") != VERSION:
-        raise StorageError(
-            f"{out / HEADER}: has version {header.get('version')!r}, this wise_fast reads {VERSION}; use the one that "
-            "wrote it"
-        )
-    return header
 
 
 def write_header(out: Path, header: dict) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from wise_fast.lifelong import Watcher
 from wise_fast.state import EditReport
@@ -63,12 +63,5 @@ class Bars(Watcher):
 @contextmanager
 def bars(it: Terminal, T: int, resume: str) -> Iterator[Bars]:
     """`Bars` on stderr; nothing is drawn when the terminal is quiet."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=it.err, disable=it.quiet) as progress:
+    with it.bars() as progress:
         yield Bars(it, progress, T, resume)

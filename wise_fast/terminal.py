@@ -68,9 +68,8 @@ class Terminal:
             progress.add_task(text, total=None)
             yield
 
-    @contextmanager
-    def bar(self, text: str, total: int | None = None) -> Iterator[Callable[[int, int | None], None]]:
-        """A bar with the time left; yields `progress(done, total)`."""
+    def bars(self) -> Progress:
+        """Bars with the time left, on stderr; nothing is drawn when quiet."""
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -78,7 +77,12 @@ class Terminal:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.err, disable=self.quiet) as progress:
+        return Progress(*columns, console=self.err, disable=self.quiet)
+
+    @contextmanager
+    def bar(self, text: str, total: int | None = None) -> Iterator[Callable[[int, int | None], None]]:
+        """A bar with the time left; yields `progress(done, total)`."""
+        with self.bars() as progress:
             task = progress.add_task(text, total=total)
             yield lambda done, total=total: progress.update(task, completed=done, total=total)
 

@@ -16,7 +16,7 @@ import wise_kernels as kernels
 from wise_fast import objective
 from wise_fast.config import WiseConfig
 from wise_fast.memory import SideMemory
-from wise_fast.protection import gain, loss, strength_of
+from wise_fast.protection import gain, weighted
 from wise_fast.rows import Group, Look, Rows
 from wise_fast.tail import Tail
 from wise_fast.texts import Texts
@@ -95,7 +95,8 @@ class Trainer:
         total = self.count * self.variants
         self.held, self.nll, self.seen = [False] * total, [float("inf")] * total, [0] * total
         self.steps, self.taken = [0] * self.count, 0
-        self.absorbed: dict[int, float] = {}  # lambda of each settled edit
+        # P before the batch, and what it has absorbed of each settled edit.
+        self.origin, self.absorbed = p, dict[int, Tensor]()
         self._begin_anew([])
 
     def _begin_anew(self, edits: Sequence[int]) -> None:
@@ -130,7 +131,8 @@ class Trainer:
         """
         first, todo, rounds = self._begin(), list(range(self.count)), 0
         while todo and rounds < _ROUNDS:
-            self._release(todo)
+            if rounds and self.p is not None:
+                self._release(todo)
             self._train(todo)
             last, fine = self._verify()
             todo = [e for e in range(self.count) if not fine[e] and self.steps[e] < self.config.max_steps]
@@ -148,7 +150,8 @@ class Trainer:
         wave = len(waiting) if self.p is None else self.config.wave
         while waiting or active or ended:
             if not active or (self.p is not None and 2 * len(ended) >= wave):
-                self._settle(ended)
+                if ended:
+                    self._settle(ended)
                 entering = waiting[: wave - len(active)]
                 active, waiting, ended = active + entering, waiting[len(entering) :], []
                 self._begin_anew(active)
@@ -178,22 +181,22 @@ class Trainer:
         """Fold the delta into the memory and protect these edits from what is learned next."""
         self.memory = self.memory.replace(values=self.memory.values + (self.z if self.p is None else self.p @ self.z))
         self.quiet_before = self.quiet_before + self.memory.respond(self.quiet_features, self.z)
-        if self.p is not None and edits:
-            taught = self.rows.taught(edits)
-            scale = strength_of(self.p, taught, self.config.protect_lambda)
-            self._move_p(gain(self.p, taught, scale), -1.0)
-            self.absorbed |= dict.fromkeys(edits, scale)
+        if self.p is not None:
+            for edit in edits:
+                self.absorbed[edit] = weighted(self.p, self.rows.taught([edit]), self.config.protect_lambda)
+            half = gain(self.p, torch.cat([self.absorbed[edit] for edit in edits]))
+            self.p = torch.addmm(self.p, half.t(), half, alpha=-1.0)
+            self.quiet_features = torch.addmm(self.quiet_features, self.quiet_selected @ half.t(), half, alpha=-1.0)
 
     def _release(self, edits: Sequence[int]) -> None:
-        """Let these settled edits be moved again: take them out of what is protected."""
-        for edit in edits:
-            if edit in self.absorbed:
-                self._move_p(loss(self.p, self.rows.taught([edit]), self.absorbed.pop(edit)), 1.0)
-
-    def _move_p(self, half: Tensor, sign: float) -> None:
-        """`P + sign H^T H`, and the features that go with it."""
-        self.p = torch.addmm(self.p, half.t(), half, alpha=sign)
-        self.quiet_features = torch.addmm(self.quiet_features, self.quiet_selected @ half.t(), half, alpha=sign)
+        """Let these settled edits be moved again: P from what it was, without them."""
+        kept = [a for edit, a in self.absorbed.items() if edit not in edits]
+        self.absorbed = {edit: a for edit, a in self.absorbed.items() if edit not in edits}
+        self.p = self.origin
+        if kept:
+            half = gain(self.p, torch.cat(kept))
+            self.p = torch.addmm(self.p, half.t(), half, alpha=-1.0)
+        self.quiet_features = self.quiet_selected @ self.p
 
     def _draw(self, active: list[int]) -> list[int]:
         """Rows of one step: of each active edit the bare prompt and a few others, or a few longer ones.
