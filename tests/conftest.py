@@ -31,3 +31,18 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="module")
+def little_to_read():
+    """One held-out sentence instead of the packaged passages."""
+
+    from wise_fast import lifelong  # not at the top: most tests need neither
+    from wise_fast.tasks import general_ability
+
+    def short(method, before=None):
+        return general_ability(method, ["The sun rose over the hills."], before)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lifelong, "general_ability", short)
+        yield

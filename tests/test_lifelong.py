@@ -1,4 +1,4 @@
-"""Lifelong runs: what is written when, resuming, refusing, damage, full disks, interrupts; and the command."""
+"""Lifelong runs: what is written when, resuming, refusing, damage, full disks, interrupts."""
 
 import errno
 import json
@@ -6,34 +6,19 @@ import os
 import shutil
 
 import pytest
-import torch
-from typer.testing import CliRunner
 
 from tests.edited import make_editor, wide_model
 from tests.killed import CONFIG, EDITS, SETTINGS
+from tests.running import lines, new_editor, new_run
 from tests.tiny import tiny_tokenizer
-from wise_fast import Edit, WiseEditor, lifelong, run_command, run_settings
-from wise_fast.commands import app
+from wise_fast import Edit, WiseEditor
 from wise_fast.errors import ConfigError, EditDataError, StorageError
-from wise_fast.journal import Journal, read_journal
+from wise_fast.journal import Journal
 from wise_fast.lifelong import Run, RunSettings, Watcher
-from wise_fast.routing_scores import routing_ratios
-from wise_fast.run_settings import batches, parse_points, read_run_file
-from wise_fast.tasks import TASKS, general_ability
+
+pytestmark = pytest.mark.usefixtures("little_to_read")
 
 DONE = ("journal.jsonl", "evaluations.jsonl")
-
-
-def new_editor(**changes):
-    return WiseEditor(wide_model(), tiny_tokenizer(), CONFIG.replace(**changes))
-
-
-def new_run(out, settings=SETTINGS, resume=False, edits=EDITS, **changes):
-    return Run(new_editor(**changes), edits, out, settings, resume=resume)
-
-
-def lines(out, name="journal.jsonl"):
-    return list(read_journal(out / name))
 
 
 class Stops(Watcher):
@@ -50,18 +35,6 @@ class Stops(Watcher):
     def evaluating(self, t, work, total):
         if t == self.t:
             raise self.error
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_to_read():
-    """One held-out sentence instead of the packaged passages."""
-
-    def short(method, before=None):
-        return general_ability(method, ["The sun rose over the hills."], before)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lifelong, "general_ability", short)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -336,169 +309,3 @@ def test_any_method_can_run_and_resume(tmp_path):
     assert found[0]["method"] == "plain" and found[0]["routing"] is None
     assert [line["digest"] for line in lines(tmp_path / "run")] == [None] * 4
     assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-class TestPlan:
-    def test_usual_points(self):
-        assert RunSettings().points(1000) == (1, 10, 100, 300, 1000)
-        assert RunSettings().points(40) == (1, 10, 40) and RunSettings().points(1) == (1,)
-        assert RunSettings().points(20_000)[-4:] == (1000, 3000, 10_000, 20_000)
-        assert RunSettings(evaluate_at=(7, 3, 99)).points(9) == (3, 7, 9)
-
-    def test_batches_end_where_evaluations_are_due(self):
-        assert list(batches(12, 4, (1, 10, 12))) == [(0, 1), (1, 5), (5, 9), (9, 10), (10, 12)]
-        assert list(batches(3, 8, (3,))) == [(0, 3)]
-
-    def test_parsing_points(self):
-        assert parse_points("1, 10,100") == parse_points([1, 10, 100]) == (1, 10, 100) and parse_points(5) == (5,)
-        for wrong in ("1;2", "", "0", [None], "ten"):
-            with pytest.raises(ConfigError, match="evaluate_at"):
-                parse_points(wrong)
-
-    def test_tasks_are_those_that_can_be_scored(self):
-        assert set(run_settings.TASKS) == set(TASKS)
-
-
-class TestRunFile:
-    def test_yaml_and_json_say_the_same(self, tmp_path):
-        yaml, json_ = tmp_path / "run.yaml", tmp_path / "run.json"
-        yaml.write_text("task: qa\nT: 300\nevaluate-at: [1, 10]\nout:\nsettings:\n  lr: 2.5\n")
-        json_.write_text('{"task": "qa", "T": 300, "evaluate_at": [1, 10], "settings": {"lr": 2.5}}')
-        assert read_run_file(yaml) == read_run_file(json_)
-
-    @pytest.mark.parametrize(
-        "text, words",
-        [
-            ("tasks: qa", "did you mean 'task'"),
-            ("lr: 3", "under 'settings'"),
-            ("- qa", "named options"),
-            ("task: [", "neither YAML nor JSON"),
-            ("settings: fast", "settings by name"),
-            ("", "named options"),
-        ],
-    )
-    def test_errors(self, tmp_path, text, words):
-        (tmp_path / "run.yaml").write_text(text)
-        with pytest.raises(ConfigError, match=words):
-            read_run_file(tmp_path / "run.yaml")
-
-    def test_no_file(self, tmp_path):
-        with pytest.raises(ConfigError, match="cannot be read"):
-            read_run_file(tmp_path / "none.yaml")
-
-
-class TestRoutingRatios:
-    @pytest.fixture(scope="class")
-    @classmethod
-    def editor(cls):
-        editor = new_editor(max_steps=30, mask_ratio=0.6)
-        editor.edit(EDITS[:8])
-        return editor
-
-    def test_are_score_over_threshold_of_each_prompt_alone(self, editor):
-        found = routing_ratios(editor, EDITS[:3])
-        for kind, text in (("edit", EDITS[0].prompt), ("rephrase", EDITS[0].rephrases[0]), ("unrelated", "Bread O")):
-            with torch.no_grad():
-                editor.model(**editor.tokenizer(text, return_tensors="pt"))
-            best = max(s / m.threshold for s, m in zip(editor.routing.scores[0].tolist(), editor.memories, strict=True))
-            assert found[kind][0] == pytest.approx(best, rel=1e-4)
-        assert len(editor.memories) > 1 and min(found["edit"]) > 1
-
-    def test_of_a_seeded_sample(self, editor):
-        few = [routing_ratios(editor, EDITS[:8], seed=seed, most=3) for seed in (0, 0, 1)]
-        assert few[0] == few[1] != few[2] and all(len(values) == 3 for values in few[0].values())
-        everything = routing_ratios(editor, EDITS[:8])["edit"]
-        assert len(everything) == 8 and all(
-            any(r == pytest.approx(e, rel=1e-4) for e in everything) for r in few[0]["edit"]
-        )
-
-    def test_without_memories_or_router(self):
-        assert routing_ratios(make_editor(), EDITS) is None and routing_ratios(object(), EDITS) is None
-
-
-class TestCommand:
-    @pytest.fixture(scope="class")
-    @classmethod
-    def files(cls, tmp_path_factory):
-        root = tmp_path_factory.mktemp("command")
-        wide_model().save_pretrained(root / "model")
-        tiny_tokenizer().save_pretrained(root / "model")
-        (root / "edits.json").write_text(json.dumps([edit.to_dict() for edit in EDITS]))
-        names = ("lr", "mask_ratio", "prefixes", "prefix_tokens", "max_steps", "nll", "dropped", "near", "shard_size")
-        settings = {name: getattr(CONFIG.replace(near=0), name) for name in names}
-        options = {"model": str(root / "model"), "edits": str(root / "edits.json"), "T": 5, "settings": settings}
-        (root / "run.yaml").write_text(json.dumps(options | {"evaluate_at": "1", "generate": False, "batch_size": 2}))
-        return root
-
-    def invoke(self, *arguments, code):
-        result = CliRunner().invoke(app, ["run", *map(str, arguments)])
-        assert result.exit_code == code, (result.exit_code, result.stdout, result.stderr, result.exception)
-        return result
-
-    def test_from_a_file_with_options_over_it(self, files, tmp_path):
-        result = self.invoke(
-            "-c", files / "run.yaml", "-o", tmp_path / "r", "--T", 3, "--set", "lr=3", "--json", code=3
-        )
-        found = json.loads(result.stdout)
-        assert found["T"] == 3 and found["config"]["lr"] == 3 and found["config"]["batch_size"] == 2
-        assert [e["t"] for e in found["evaluations"]] == [1, 3] and found["summary"]["failed"] == 3
-        assert "editing" in result.stderr and "after 3 edits: reliability" in result.stderr
-
-    def test_interrupted_then_resumed_by_its_directory_alone(self, files, tmp_path, monkeypatch):
-        out, real = tmp_path / "r", WiseEditor.edit
-
-        def interrupted(self, edits, progress=False):
-            if len(self.edits) >= 3:
-                raise KeyboardInterrupt
-            return real(self, edits, progress)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(WiseEditor, "edit", interrupted)
-            result = self.invoke("-c", files / "run.yaml", "-o", out, "-q", code=130)
-        message = " ".join(result.stderr.split())
-        assert "3 of 5 edits are kept" in message and f"wise-fast run --resume --out {out}" in message
-        assert "holds a run already" in self.invoke("-c", files / "run.yaml", "-o", out, code=1).stderr
-        wrong = self.invoke("--resume", "-o", out, "--set", "lr=9", code=1).stderr
-        assert "begun with lr 4.0, but now lr is 9" in " ".join(wrong.split())
-        table = self.invoke("--resume", "-o", out, code=3)
-        assert "after edits" in table.stdout and "resuming: 3 of 5" in table.stderr
-        assert [line["first"] for line in lines(out)] == [0, 1, 3]
-
-    def test_a_partner_file_of_irrelevant_texts_is_part_of_the_run(self, files, tmp_path):
-        partner, out = tmp_path / "irrelevant.json", tmp_path / "r"
-        partner.write_text(
-            json.dumps([{"prompt": "a", "target": "x", "irrelevant": f"Far {n}:"} for n in range(len(EDITS))])
-        )
-        other = tmp_path / "other.json"
-        other.write_text(partner.read_text().replace("Far", "Near"))
-        few = ("-c", files / "run.yaml", "--T", 1, "--set", "max_steps=2", "-o", out)
-        found = json.loads(self.invoke(*few, "--irrelevant", partner, "--json", code=3).stdout)
-        assert found["edits"]["irrelevant"] == str(partner)
-        (edit,) = [report["edit"] for line in lines(out) for report in line["reports"]]
-        assert edit["irrelevant"].startswith("Far 0:")
-        self.invoke("--resume", "-o", out, code=3)
-        refused = self.invoke("--resume", "-o", out, "--irrelevant", other, code=1).stderr
-        assert "begun with edits" in " ".join(refused.split())
-
-    @pytest.mark.parametrize(
-        "arguments, words",
-        [
-            (["--edits", "x.json"], "--out"),
-            (["--out", "{new}"], "--edits"),
-            (["--out", "{new}", "--edits", "absent.json"], "absent.json"),
-            (["--out", "{new}", "--edits", "{edits}", "--T", "11"], "only 10 edits"),
-            (["--out", "{new}", "--edits", "{edits}", "--task", "maths"], "temporal"),
-            (["--out", "{new}", "--edits", "{edits}", "--mode", "melt"], "retrieve"),
-            (["--out", "{new}", "--edits", "{edits}", "--mode", "merge"], "shard_size"),
-            (["--out", "{new}", "--edits", "{edits}", "--set", "lrr=1"], "did you mean 'lr'"),
-            (["--out", "{new}", "--edits", "{edits}", "--evaluate-at", "often"], "evaluate_at"),
-        ],
-    )
-    def test_errors_before_a_model_is_loaded(self, files, tmp_path, arguments, words):
-        filled = [a.format(new=tmp_path / "r", edits=files / "edits.json") for a in arguments]
-        assert words in " ".join(self.invoke(*filled, "--model", "absent", code=1).stderr.split())
-        assert not (tmp_path / "r").exists()
-
-    def test_help(self):
-        text = self.invoke("--help", code=0).stdout
-        assert "--resume" in text and "--evaluate-at" in text and run_command.run is not None
