@@ -160,7 +160,8 @@ def pairs_table(title: str, values: Mapping) -> Table:
     table = _table(title, "name", "value")
     table.show_header = False
     for name, value in _flat(values):
-        table.add_row(Text(name.replace("_", " "), "dim"), Text(_shown(value)))
+        spoken = name if "." in name else name.replace("_", " ")  # what is dotted names files, settings, packages
+        table.add_row(Text(spoken, "dim"), Text(_shown(value)))
     return table
 
 

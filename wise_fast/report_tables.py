@@ -28,6 +28,10 @@ def result(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
     rows = []
     before = next((r.last["unedited"] for r in runs if r.last and isinstance(r.last.get("unedited"), Mapping)), None)
     if before is not None:
+        known = next(
+            (v for r in runs if r.last and (v := r.last["figures"].get("perplexity_before")) is not None), None
+        )
+        before = {"perplexity_after": known, **before}
         rows.append(["unedited model", "–", *(cell(before.get(name)) for name in names), *["–"] * 5])
     for run in runs:
         figures = run.last["figures"] if run.last else {}
@@ -138,7 +142,10 @@ def settings(runs: Sequence[Run]) -> list[Block]:
     first = [("directory", [run.directory for run in runs])]
     keys = dict.fromkeys(key for run in runs for key in _flat(run.header) if key.partition(".")[0] not in skipped)
     rows = [[name, *map(shown, values)] for name, values in first]
-    rows += [[shown(key.replace("_", " ")), *(_setting(_flat(run.header).get(key)) for run in runs)] for key in keys]
+    rows += [
+        [shown(key if "." in key else key.replace("_", " ")), *(_setting(_flat(run.header).get(key)) for run in runs)]
+        for key in keys
+    ]
     columns = ["", *(shown(run.name) for run in runs)]
     blocks: list[Block] = [Heading("Settings"), Grid(columns, rows)]
     for run in runs:
