@@ -48,6 +48,7 @@ def element_fwd_kernel(
     m_o, o_k, o_oct = o_o < outputs, tl.arange(0, BK), tl.arange(0, BK // 8)[None, :]
     m_n, m_row = (o_p < rows)[:, None], m_o[:, None]
     start, end = split * chunk, min((split + 1) * chunk, width)
+    p_row = p_a + b_n * s_an
     b_left = b_j
     j = tl.max(b_left, 0)
     while j >= 0:
@@ -55,14 +56,19 @@ def element_fwd_kernel(
         p_word, p_place = p_bits + (first_row + first) * words, p_table + (first_row + first) * blocks
         p_memory = p_values + tl.load(p_bounds + j)
         b_acc = tl.zeros([BN, BO], tl.float32)
+        b_bits, b_place = load_words(p_word, p_place, row, m_row, start, o_oct, words, blocks, BK)
+        b_d = load_values(p_memory, b_bits, b_place, BO, BK)
+        b_bits, b_place = load_words(p_word, p_place, row, m_row, start + BK, o_oct, words, blocks, BK)
         for k in range(start, end, BK):
-            b_bits, b_place = load_words(p_word, p_place, row, m_row, k, o_oct, words, blocks, BK)
-            b_d = load_values(p_memory, b_bits, b_place, BO, BK)
-            p_tile = p_a + (b_n * s_an)[:, None] + ((k + o_k).to(tl.int64) * s_af)[None, :]
+            p_tile = (p_row + tl.cast(k, tl.int64) * s_af)[:, None] + (o_k * s_af)[None, :]
             b_a = tl.load(p_tile, mask=m_n & (k + o_k < width)[None, :], other=0.0)
+            # A step ahead of its product, as in `dual_forward_element`.
+            b_next = load_values(p_memory, b_bits, b_place, BO, BK)
+            b_bits, b_place = load_words(p_word, p_place, row, m_row, k + 2 * BK, o_oct, words, blocks, BK)
             if UPCAST:
                 b_a, b_d = b_a.to(tl.float32), b_d.to(tl.float32)
             b_acc = tl.dot(b_a, tl.trans(b_d), b_acc, input_precision="ieee")
+            b_d = b_next
         b_mine = b_j == j
         if SPLIT:
             p_tile = p_parts + (split.to(tl.int64) * rows + b_n)[:, None] * outputs + o_o[None, :]

@@ -16,7 +16,7 @@ from torch import Tensor
 from .launch import SIZES, AotCase, guard
 
 # A program that chooses holds all memories of its sequence: (most memories, BLOCK_J, BLOCK_T).
-WHOLE = ((1, 1, 1024), (4, 4, 512), (16, 16, 64), (64, 64, 32))
+WHOLE = ((1, 1, 1024), (4, 4, 256), (16, 16, 64), (64, 64, 32))
 # Elements that one program reduces before a second launch pays.
 WHOLE_ELEMENTS = 1 << 15
 SPLIT_J, SPLIT_T = 2, 1024
