@@ -167,6 +167,8 @@ def compiled(case, target: str) -> dict:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from wise_kernels.gpu.launch import PDL_TARGETS
+
     # ptxas reports while it compiles: have it compile, and keep what it says.
     triton.knobs.compilation.always_compile = True
     triton.knobs.nvidia.dump_ptxas_log = True
@@ -174,12 +176,15 @@ def compiled(case, target: str) -> dict:
     chip = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)
     names = case.kernel.arg_names
     signature = {name: case.signature.get(name, "constexpr") for name in names}
+    dependent = "PDL" in names and target in PDL_TARGETS
+    constexprs = dict(case.constexprs) | ({"PDL": dependent} if "PDL" in names else {})
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
-    source = ASTSource(case.kernel, signature, dict(case.constexprs), attributes)
+    source = ASTSource(case.kernel, signature, constexprs, attributes)
     log = io.StringIO()
     with redirect_stdout(log):
         options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
         options |= {} if case.maxnreg is None else {"maxnreg": case.maxnreg}
+        options |= {"launch_pdl": True} if dependent else {}
         made = triton.compile(source, chip, options)
     assembly = made.asm["amdgcn" if amd else "ptx"]
     found = amd_resources(assembly) if amd else nvidia_resources(log.getvalue())

@@ -1,5 +1,6 @@
-"""How `bench.gpu` measures: CUDA graph replays between events, the L2 cache flushed before each, arms in turn; and the
-two ceilings that figures are held against, copy bandwidth and matrix throughput as this device shows them.
+"""How `bench.gpu` measures: CUDA graph replays between events, the L2 cache filled with other, clean data before each
+(a flush that writes would have its lines written back while the call is timed), arms in turn; and the two ceilings that
+figures are held against, copy bandwidth and matrix throughput as this device shows them.
 
 Without a device the same calls run once on the CPU, which times nothing and shows that every case works.
 """
@@ -46,7 +47,7 @@ class Clock:
 
     def __post_init__(self):
         if self.device.type == "cuda":
-            self.flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=self.device)
+            self.flush = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device=self.device)
 
     @property
     def dry(self) -> bool:
@@ -99,7 +100,7 @@ class Clock:
     def _timed(self, arm: Arm, run: Callable[[], object]) -> _Pair:
         arm.before()
         # Queued first, the flush also hides the host's launch of what follows.
-        self.flush.zero_()
+        self.flush.amax()
         pair = _Pair(*(torch.cuda.Event(enable_timing=True) for _ in range(2)))
         pair.start.record()
         run()

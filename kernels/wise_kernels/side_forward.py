@@ -38,7 +38,9 @@ def neuron_side_gpu(a: Tensor, values: Tensor, columns: Tensor, bounds: Tensor, 
     return dual_forward(a, None, None, values, columns, bounds, response)[1:]
 
 
-def element_side_gpu(a: Tensor, values: Tensor, bits: Tensor, bounds: Tensor, response: bool, popcounts: Tensor | None):
+def element_side_gpu(
+    a: Tensor, values: Tensor, bits: Tensor, bounds: Tensor, response: bool, popcounts: Tensor | None = None
+):
     """`element_side` by the kernels of gpu/dual_forward_element.py, which have no float64."""
     if a.dtype == torch.float64:
         return element_side(a, values, bits, bounds, response)

@@ -46,7 +46,9 @@ def check_neuron(device, a, weight, bias, bank, response=True):
     check_side(a, dense, side.cpu(), norms.cpu(), side_ref, norms_ref, response)
     nothing, *only = dual_forward(*on(device, a, None, None, *bank), response)
     assert nothing is None
-    assert torch.equal(only[0].cpu(), side.cpu()) and torch.equal(only[1].cpu(), norms.cpu())
+    assert torch.equal(only[0].cpu(), side.cpu())
+    # Of another compilation, which may contract sums of squares otherwise.
+    assert_fp32(only[1].cpu(), norms.cpu())
 
 
 def check_side(a, dense, side, norms, side_ref, norms_ref, response):

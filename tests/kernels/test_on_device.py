@@ -71,10 +71,11 @@ def test_gated_add(device, layout, dtype, with_side):
     bank = make(sizes, width=WIDTH, outputs=OUTPUTS, dtype=dtype)
     a, before, choice = normal(4 * TOKENS, WIDTH, dtype=dtype), normal(4 * TOKENS, OUTPUTS, dtype=dtype), [2, -1, 0, -1]
     choice = torch.tensor(choice)
+    chosen = {"cpu": choice, device.type: choice.to(device)}
 
     def added(before, a, *bank):
         y, side = before.clone(), side_only(a, *bank)[0] if with_side else None
-        add(y, a, *bank, choice.to(y.device), side)
+        add(y, a, *bank, chosen[y.device.type], side)
         return (y,)
 
     moved = on(device, (before, a, *bank))
@@ -92,10 +93,10 @@ def test_route_and_leverage(device, leveraged):
     a, factors = normal(2 * TOKENS, WIDTH), normal(len(columns), 8, seed=2) / 16
     given = [normal(3, 2 * TOKENS).abs(), torch.arange(2 * TOKENS).view(2, TOKENS) % 3 > 0, torch.full((3,), 0.5)]
     share = kernels.leverage(a, columns, bounds, factors)
-    moved = on(device, given)
+    moved, thin = on(device, given), on(device, (a, columns, bounds, factors))
     kernels.route(*moved, share.to(device) if leveraged else None)
     with no_sync():
-        on_device = kernels.leverage(*on(device, (a, columns, bounds, factors)))
+        on_device = kernels.leverage(*thin)
         scores, choice = kernels.route(*moved, on_device if leveraged else None)
     expected_scores, expected = kernels.route(*given, share if leveraged else None)
     assert torch.equal(choice.cpu(), expected)

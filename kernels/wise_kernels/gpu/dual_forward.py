@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dual_tiles import tiles_forward
-from .launch import AotCase, guard, interpreted
+from .launch import AotCase, dependent, guard, interpreted, wait_for_inputs
 from .row_sums import sum_splits
 from .tile import EXPECT_OF, TARGETS_OF, Tile, family, kinds_of
 
@@ -86,12 +86,13 @@ def _side_part(
 def split_fwd_kernel(
     p_a, p_weight, p_values, p_columns, p_bounds, p_y_parts, p_side_parts,
     N, O, F, s_an, s_af, s_wo, s_wf, y_splits, y_chunk, side_splits,
-    BN: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
+    BN: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Transposed parts of y, y_splits of them, then of each memory, side_splits each; a program has BO outputs of one.
 
     Bound by memory bandwidth: W and `values` are read once, with (stages - 1) BK BO elements a program in flight.
     """
+    wait_for_inputs(PDL)
     tiles = tl.cdiv(O, BO)
     part, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     o_o = tile * BO + tl.arange(0, BO)
@@ -141,7 +142,7 @@ def _few_rows(a, weight, bias, values, columns, bounds, y, side, norms) -> None:
         a, given, values, columns, bounds, side_parts if y_parts is None else y_parts, side_parts,
         rows, outputs, width, *a.stride(), *given.stride(),
         y_splits, triton.cdiv(triton.cdiv(width, max(y_splits, 1)), tile.depth) * tile.depth, side_splits,
-        UPCAST=interpreted(), **tile.blocks, **tile.options,
+        UPCAST=interpreted(), **tile.blocks, **tile.options, **dependent(a),
     )  # fmt: skip
     sum_splits(side_parts, y_parts, bias, side, norms, y)
 

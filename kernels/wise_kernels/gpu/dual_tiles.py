@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import AotCase, interpreted
+from .launch import AotCase, dependent, interpreted, wait_for_inputs
 from .row_sums import finish_norms
 from .tile import EXPECT_OF, TARGETS_OF, Tile, family, kinds_of
 
@@ -48,10 +48,11 @@ def many_rows_tile(a: Tensor, outputs: int, products: int) -> Tile:
 @triton.jit(do_not_specialize=["N", "memories"])
 def compact_fwd_kernel(
     p_a, p_columns, p_bounds, p_packed, N, memories, s_an, s_af, s_packed,
-    BN: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """packed [N, P]: BK columns of a_S for BN rows. Bound by bandwidth: N F + N P elements of memory traffic, the rest
     from the L2 cache, as programs of the same rows run side by side."""
+    wait_for_inputs(PDL)
     chunk = tl.program_id(0)
     j = -1
     for first in range(0, memories, BJ):
@@ -73,9 +74,10 @@ def tiles_fwd_kernel(
     p_a, p_weight, p_bias, p_packed, p_values, p_bounds, p_y, p_side, p_squares,
     N, O, F, s_an, s_af, s_wo, s_wf, s_packed,
     HAS_MAIN: tl.constexpr, HAS_BIAS: tl.constexpr, RESPONSE: tl.constexpr, UPCAST: tl.constexpr,
-    BN: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, ALIGN: tl.constexpr,
+    BN: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, ALIGN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program: a tile [BN, BO] of y (HAS_MAIN, the first ones) or of a memory's response. Bound by the matrix units."""
+    wait_for_inputs(PDL)
     tiles_n, tiles_o = tl.cdiv(N, BN), tl.cdiv(O, BO)
     part, tile = tl.program_id(0) // (tiles_n * tiles_o), tl.program_id(0) % (tiles_n * tiles_o)
     group_first = tile // (GROUP * tiles_o) * GROUP
@@ -126,7 +128,7 @@ def tiles_forward(a, weight, bias, values, columns, bounds, y, side, norms) -> N
     if memories:
         compact_fwd_kernel[(chunks, triton.cdiv(rows, COMPACT_ROWS))](
             a, columns, bounds, packed, rows, memories, *a.stride(), packed.stride(0),
-            BN=COMPACT_ROWS, BK=ALIGN, BJ=COMPACT_BOUNDS, num_warps=COMPACT_WARPS,
+            BN=COMPACT_ROWS, BK=ALIGN, BJ=COMPACT_BOUNDS, num_warps=COMPACT_WARPS, **dependent(a),
         )  # fmt: skip
     products = memories + (weight is not None)
     tile = many_rows_tile(a, outputs, products)
@@ -137,7 +139,7 @@ def tiles_forward(a, weight, bias, values, columns, bounds, y, side, norms) -> N
         a, given, given if bias is None else bias, packed, values, bounds, side if y is None else y, side, squares,
         rows, outputs, width, *a.stride(), *given.stride(), packed.stride(0),
         HAS_MAIN=weight is not None, HAS_BIAS=bias is not None, RESPONSE=side.shape[1] == rows,
-        UPCAST=interpreted(), GROUP=GROUP, ALIGN=ALIGN, **tile.blocks, **tile.options,
+        UPCAST=interpreted(), GROUP=GROUP, ALIGN=ALIGN, **tile.blocks, **tile.options, **dependent(a),
     )  # fmt: skip
     finish_norms(squares, norms)
 

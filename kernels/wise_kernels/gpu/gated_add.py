@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gated_rows import active_at, columns_at, ordered, rows_of
-from .launch import SIZES, AotCase, guard, interpreted
+from .launch import SIZES, AotCase, dependent, guard, interpreted, wait_for_inputs
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 # BLOCK_N, BLOCK_O, BLOCK_K, num_warps, num_stages
@@ -34,9 +34,10 @@ ENOUGH = 120
 def few_fwd_kernel(
     p_y, p_a, p_values, p_columns, p_bounds, p_choice, rows, tokens, memories, outputs,
     s_yn, s_yo, s_an, s_af, s_vr, s_vo,
-    UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+    UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_O outputs of up to BLOCK_N rows; bound by the bandwidth of values."""
+    wait_for_inputs(PDL)
     o_p = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     b_n, b_j = rows_of(p_choice, p_choice, o_p, rows, tokens, memories, False)
     o_o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O).to(tl.int64)
@@ -78,9 +79,10 @@ def add_rows(p_y, b_acc, b_n, o_o, m_n, m_o, s_yn, s_yo):
 @triton.jit(do_not_specialize=SIZES)
 def pack_fwd_kernel(
     p_packed, p_a, p_columns, p_bounds, p_choice, p_order, rows, tokens, memories, s_packed, s_an, s_af,
-    ORDER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ORDER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """packed[p, k] = a[n, columns_j[k]] for the row n and memory j at position p, zeros up to a multiple of BLOCK_K."""
+    wait_for_inputs(PDL)
     o_p = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     b_n, b_j = rows_of(p_choice, p_order, o_p, rows, tokens, memories, ORDER)
     if tl.max(b_j, 0) >= 0:
@@ -101,9 +103,10 @@ def tiles_fwd_kernel(
     p_y, p_packed, p_values, p_bounds, p_choice, p_order, rows, tokens, memories, outputs,
     s_packed, s_yn, s_yo, s_vr, s_vo,
     ORDER: tl.constexpr, UPCAST: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_O outputs of BLOCK_N positions; bound by the matrix units."""
+    wait_for_inputs(PDL)
     tiles_n, tiles_o = tl.cdiv(rows, BLOCK_N), tl.cdiv(outputs, BLOCK_O)
     # A few rows of tiles at a time share both operands in the L2 cache.
     group = tl.program_id(0) // (GROUP * tiles_o)
@@ -159,7 +162,7 @@ def gated_add(y: Tensor, a: Tensor, values: Tensor, columns: Tensor, bounds: Ten
                 y, a, values, columns, bounds, choice, rows, tokens, memories, outputs,
                 *y.stride(), *a.stride(), *values.stride(),
                 UPCAST=interpreted(), BLOCK_N=block_n, BLOCK_O=block_o, BLOCK_K=block_k,
-                num_warps=num_warps, num_stages=num_stages,
+                num_warps=num_warps, num_stages=num_stages, **dependent(y),
             )  # fmt: skip
             return
         block_n, block_o, block_k, num_warps, num_stages = tile(rows, outputs, y.dtype)
@@ -169,13 +172,14 @@ def gated_add(y: Tensor, a: Tensor, values: Tensor, columns: Tensor, bounds: Ten
         packed = torch.empty(rows, max(1, chunks) * PACK_K, dtype=a.dtype, device=a.device)
         pack_fwd_kernel[(max(1, chunks), triton.cdiv(rows, PACK_N))](
             packed, a, columns, bounds, choice, order, rows, tokens, memories, packed.stride(0), *a.stride(),
-            ORDER=order is not None, BLOCK_N=PACK_N, BLOCK_K=PACK_K,
+            ORDER=order is not None, BLOCK_N=PACK_N, BLOCK_K=PACK_K, **dependent(y),
         )  # fmt: skip
         tiles_fwd_kernel[(triton.cdiv(rows, block_n) * triton.cdiv(outputs, block_o),)](
             y, packed, values, bounds, choice, order, rows, tokens, memories, outputs,
             packed.stride(0), *y.stride(), *values.stride(),
             ORDER=order is not None, UPCAST=interpreted(), GROUP=GROUP,
             BLOCK_N=block_n, BLOCK_O=block_o, BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages,
+            **dependent(y),
         )  # fmt: skip
 
 
@@ -189,7 +193,7 @@ def aot_cases() -> list[AotCase]:
         shipped += [(tiles_fwd_kernel, found, targets) for found, targets in tiles]
         shipped += [(pack_fwd_kernel, (PACK_N, 0, PACK_K, 4, 3), nvidia + amd)]
         for kernel, (block_n, block_o, block_k, num_warps, num_stages), targets in shipped:
-            constexprs = {"s_yo": 1, "s_af": 1, "s_vo": 1, "ORDER": True, "UPCAST": False, "GROUP": GROUP}
+            constexprs = {"s_yo": 1, "s_af": 1, "s_vo": 1, "ORDER": True, "UPCAST": False, "GROUP": GROUP, "PDL": False}
             constexprs |= {"BLOCK_N": block_n, "BLOCK_O": block_o, "BLOCK_K": block_k}
             constexprs = {name: v for name, v in constexprs.items() if name in kernel.arg_names}
             types = dict.fromkeys(("p_y", "p_a", "p_values", "p_packed"), kind)

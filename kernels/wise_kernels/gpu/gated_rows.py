@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import SIZES, AotCase, guard
+from .launch import SIZES, AotCase, dependent, guard, wait_for_inputs
 
 ORDER_BLOCK = 64
 SIDE_N, SIDE_O = 4, 1024
@@ -65,9 +65,10 @@ def _key(p_choice, o_s, batch, memories):
 @triton.jit(do_not_specialize=SIZES)
 def side_fwd_kernel(
     p_y, p_side, p_choice, rows, tokens, memories, outputs, s_yn, s_yo, s_sj, s_sn, s_so,
-    BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Bound by bandwidth: y twice and one response of the rows in scope."""
+    wait_for_inputs(PDL)
     o_p = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     b_n, b_j = rows_of(p_choice, p_choice, o_p, rows, tokens, memories, False)
     if tl.max(b_j, 0) >= 0:
@@ -96,7 +97,7 @@ def add_side(y: Tensor, side: Tensor, choice: Tensor) -> None:
     with guard(y):
         side_fwd_kernel[(triton.cdiv(rows, SIDE_N), triton.cdiv(outputs, SIDE_O))](
             y, side, choice.contiguous(), rows, rows // choice.shape[0], memories, outputs, *y.stride(), *side.stride(),
-            BLOCK_N=SIDE_N, BLOCK_O=SIDE_O,
+            BLOCK_N=SIDE_N, BLOCK_O=SIDE_O, **dependent(y),
         )  # fmt: skip
 
 
@@ -105,7 +106,7 @@ def aot_cases() -> list[AotCase]:
     cases = []
     for kind in ("*bf16", "*fp16", "*fp32"):
         types = {"p_y": kind, "p_side": kind, "p_choice": "*i64"}
-        meta = {"s_yo": 1, "s_so": 1, "BLOCK_N": SIDE_N, "BLOCK_O": SIDE_O}
+        meta = {"s_yo": 1, "s_so": 1, "BLOCK_N": SIDE_N, "BLOCK_O": SIDE_O, "PDL": False}
         signature = {a: "constexpr" if a in meta else types.get(a, "i32") for a in side_fwd_kernel.arg_names}
         divisible = (*types, "outputs", "s_yn", "s_sn", "s_sj")
         cases.append(AotCase(f"gated_add/side/{kind[1:]}", side_fwd_kernel, signature, meta, divisible=divisible))

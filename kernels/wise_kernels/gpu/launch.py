@@ -4,13 +4,17 @@ configuration, from which bench/aot.py compiles it ahead of time.
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 # "sm_*" are NVIDIA's, "gfx942" is AMD's MI300.
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Where `dependent` launches as such.
+PDL_TARGETS = ("sm_90", "sm_100")
 # Arguments that change from call to call: specialised on, they would compile again for 1 and for multiples of 16.
 SIZES = ("rows", "tokens", "memories", "batch")
 
@@ -26,6 +30,24 @@ def interpreted() -> bool:
     Its arithmetic on bf16 blocks is wrong, so kernels convert operands to fp32 before a dot where this holds.
     """
     return triton.knobs.runtime.interpret
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """First in a kernel launched with `dependent`: until the kernels before it have ended and what they wrote shows."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+def dependent(tensor: Tensor) -> dict[str, bool]:
+    """Options of a launch that may begin while the kernel before it ends (programmatic dependent launch, from Hopper
+    on): behind a projection, 1 us less. The kernel calls `wait_for_inputs(PDL)` before it reads anything."""
+    return {"PDL": True, "launch_pdl": True} if tensor.is_cuda and _has_pdl(tensor.device) else {"PDL": False}
+
+
+@cache
+def _has_pdl(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from .launch import AotCase, guard
 from .update_tile import (
     OPTIMIZERS,
     Contiguous,
+    aligned_columns,
     apply_step,
     hyper_arguments,
     product_cases,
@@ -36,13 +37,14 @@ FEW_TOKENS = 128
 
 @triton.jit(do_not_specialize=["N"])
 def neuron_kernel(
-    p_values, p_features, p_dy, p_first, p_second, p_copy, N, K, O, stride_fn, stride_fk, stride_dn, stride_do,
-    lr, decay, momentum, weight1, beta2, eps, scale, step_size, clamp,
+    p_values, p_features, p_dy, p_first, p_second, p_copy, N, K, FEATURES, O,
+    stride_fn, stride_fk, stride_dn, stride_do, lr, decay, momentum, weight1, beta2, eps, scale, step_size, clamp,
     ADAM: tl.constexpr, MOMENTUM: tl.constexpr, CLAMP: tl.constexpr, COPY: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of values [K, O]: product over N, then the step in place.
+    """One tile of values [K, O]: product over N, then the step in place. features [N, FEATURES] may have more columns,
+    zeros.
 
     Bytes: K O (8 per fp32 array + 2 for a bf16 copy) + N (K + O) sizeof; flop: 2 N K O, three times in tf32x3.
     Memory-bound up to about N = 2000 in bf16 and N = 400 in fp32 at the peak rates of an H200 (Adam): 54.5 us for
@@ -52,7 +54,7 @@ def neuron_kernel(
     o_o = tl.program_id(0).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
     m_k, m_o = o_k < K, o_o < O
     b_grad = token_product(
-        p_features, p_dy, o_k * stride_fk, o_o * stride_do, m_k, m_o, N, stride_fn, stride_dn,
+        p_features, p_dy, o_k * stride_fk, o_o * stride_do, o_k < FEATURES, m_o, N, stride_fn, stride_dn,
         BLOCK_K, BLOCK_O, BLOCK_N, UPCAST, PRECISION,
     )  # fmt: skip
     parts = split_columns(b_grad, PARTS)
@@ -80,14 +82,17 @@ def masked_update(values, features, dy, exp_avg, exp_avg_sq, copy, *hyper) -> No
     if values.numel() == 0:
         return
     features, dy, options = product_operands(features, dy)
+    if tokens > FEW_TOKENS:
+        features = aligned_columns(features)
     block_k, block_o, block_n, parts, warps, stages = config(tokens, rows, columns, features.element_size())
     given = Contiguous(values, exp_avg, exp_avg_sq, copy)
     p_values, p_first, p_second, p_copy = given.arguments()
     numbers, flags = hyper_arguments(*hyper)
     with guard(values):
         neuron_kernel[(triton.cdiv(columns, block_o), triton.cdiv(rows, block_k))](
-            p_values, features, dy, p_first, p_second, p_copy, tokens, rows, columns, *features.stride(), *dy.stride(),
-            *numbers, **flags, COPY=copy is not None, BLOCK_K=block_k, BLOCK_O=block_o, BLOCK_N=block_n, PARTS=parts,
+            p_values, features, dy, p_first, p_second, p_copy, tokens, rows, features.shape[1], columns,
+            *features.stride(), *dy.stride(), *numbers, **flags, COPY=copy is not None,
+            BLOCK_K=block_k, BLOCK_O=block_o, BLOCK_N=block_n, PARTS=parts,
             **options, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     given.write_back()

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import SIZES, AotCase, guard
+from .launch import SIZES, AotCase, dependent, guard, wait_for_inputs
 
 # A program that chooses holds all memories of its sequence: (most memories, BLOCK_J, BLOCK_T).
 WHOLE = ((1, 1, 1024), (4, 4, 256), (16, 16, 64), (64, 64, 32))
@@ -96,9 +96,10 @@ def route_fwd_kernel(
     p_norms, p_mask, p_thresholds, p_leverage, p_floors, p_scores, p_shares, p_choice,
     memories, tokens, s_nj, s_nn, s_mb, s_mt, s_lj, s_ln,
     MAX: tl.constexpr, LEVERAGE: tl.constexpr, FLOORS: tl.constexpr, CHOOSE: tl.constexpr,
-    BLOCK_J: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Scores (and mean leverages) of BLOCK_J memories for a sequence; with CHOOSE, of all of them, and the choice."""
+    wait_for_inputs(PDL)
     b = tl.program_id(0).to(tl.int64)
     o_j = tl.program_id(1).to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
     m_j = o_j < memories
@@ -166,7 +167,7 @@ def score(
             norms, mask, thresholds, leverage, floors, scores, shares, choice,
             memories, tokens, *norms.stride(), *mask.stride(), *strides,
             MAX=maximum, LEVERAGE=leverage is not None, FLOORS=floors is not None, CHOOSE=whole,
-            BLOCK_J=block_j, BLOCK_T=block_t, num_warps=NUM_WARPS,
+            BLOCK_J=block_j, BLOCK_T=block_t, num_warps=NUM_WARPS, **dependent(norms),
         )  # fmt: skip
     return scores, shares, choice
 
@@ -210,7 +211,7 @@ def aot_cases() -> list[AotCase]:
             pointers["p_shares"] = "*fp32" if leverage and not whole else None
             cases.append(_case(f"route/{block_j}x{block_t}", route_fwd_kernel, pointers, NUM_WARPS, {
                 "MAX": not leverage, "LEVERAGE": leverage, "FLOORS": leverage, "CHOOSE": whole,
-                "BLOCK_J": block_j, "BLOCK_T": block_t,
+                "BLOCK_J": block_j, "BLOCK_T": block_t, "PDL": False,
             }))  # fmt: skip
     for leverage in (False, True):
         pointers = dict.fromkeys(("p_scores", "p_thresholds"), "*fp32") | {"p_choice": "*i64", "p_states": None}

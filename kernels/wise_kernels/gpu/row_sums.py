@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import AotCase
+from .launch import AotCase, dependent, wait_for_inputs
 
 SPLITS_BLOCK, SPLITS_WARPS = 2048, 8
 NORMS_BLOCK, NORMS_WARPS = 128, 4
@@ -28,10 +28,11 @@ def _sum_parts(p_parts, first, splits, n, N, O, o_o, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["N", "memories", "side_splits", "y_splits"])
 def sum_splits_kernel(
     p_side_parts, p_y_parts, p_bias, p_side, p_norms, p_y, N, O, memories, side_splits, y_splits,
-    RESPONSE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    RESPONSE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (n, i): row n of memory i over all outputs, or of block i - J of y. Reads (J splits + y_splits) N O
     floats."""
+    wait_for_inputs(PDL)
     n, i = tl.program_id(0), tl.program_id(1)
     if i < memories:
         b_squares = tl.zeros([BLOCK], dtype=tl.float32)
@@ -52,8 +53,9 @@ def sum_splits_kernel(
 
 
 @triton.jit(do_not_specialize=["N", "tiles"])
-def finish_norms_kernel(p_squares, p_norms, N, tiles, BLOCK: tl.constexpr):
+def finish_norms_kernel(p_squares, p_norms, N, tiles, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """norms [J, N] = sqrt of the sum over tiles of squares [J, tiles, N]; program (block of rows, memory)."""
+    wait_for_inputs(PDL)
     o_n, j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
     b_sum = tl.zeros([BLOCK], dtype=tl.float32)
     for t in range(tiles):
@@ -77,6 +79,7 @@ def sum_splits(
         side_parts, given, given if bias is None else bias, side, norms, norms if y is None else y,
         rows, outputs, memories, splits, 0 if y_parts is None else y_parts.shape[0],
         RESPONSE=side.shape[1] == rows, HAS_BIAS=bias is not None, BLOCK=SPLITS_BLOCK, num_warps=SPLITS_WARPS,
+        **dependent(side_parts),
     )  # fmt: skip
 
 
@@ -85,7 +88,7 @@ def finish_norms(squares: Tensor, norms: Tensor) -> None:
     memories, tiles, rows = squares.shape
     if memories:
         finish_norms_kernel[(triton.cdiv(rows, NORMS_BLOCK), memories)](
-            squares, norms, rows, tiles, BLOCK=NORMS_BLOCK, num_warps=NORMS_WARPS
+            squares, norms, rows, tiles, BLOCK=NORMS_BLOCK, num_warps=NORMS_WARPS, **dependent(norms)
         )
 
 

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from .launch import TARGETS, AotCase, interpreted
 
+# Up to so many tokens fp32 is multiplied as it is.
+EXACT_TOKENS = 64
+
 
 @triton.jit
 def apply_step(
@@ -81,12 +84,24 @@ def product_operands(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, dict[
 
     bf16 and fp16 as they are: their products are exact in fp32. fp32 as tf32x3, which keeps 21 bits of each factor and
     fp32's exponents, so Adam's small second moments are safe; on Hopper it is about twice as fast as the fp32 units.
-    Without tf32 (AMD, older than Ampere), ieee.
+    Few tokens are bound by memory, and without tf32 (AMD, older than Ampere) there is no choice: ieee.
     """
     if left.dtype != right.dtype or left.dtype == torch.float64:
         left, right = left.float(), right.float()
     tf32 = left.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(left.device)[0] >= 8
-    return left, right, {"UPCAST": interpreted(), "PRECISION": "tf32x3" if tf32 else "ieee"}
+    exact = not tf32 or left.shape[0] <= EXACT_TOKENS
+    return left, right, {"UPCAST": interpreted(), "PRECISION": "ieee" if exact else "tf32x3"}
+
+
+def aligned_columns(t: Tensor) -> Tensor:
+    """t [N, K], or a copy with zero columns up to a multiple of 16 where K is none: then neither the rows' addresses
+    nor the mask of the last columns stand in the way of loads of 16 bytes."""
+    if t.shape[1] % 16 == 0:
+        return t
+    wide = t.new_empty(t.shape[0], triton.cdiv(t.shape[1], 16) * 16)
+    wide[:, : t.shape[1]] = t
+    wide[:, t.shape[1] :] = 0
+    return wide
 
 
 def hyper_arguments(
@@ -146,7 +161,8 @@ def product_cases(kind: str, kernel, configs: dict, axes: tuple[str, str], flags
     """The configurations of a kernel with a `token_product`, in every dtype and precision they are launched in."""
     cases = []
     nvidia = tuple(target for target in TARGETS if target.startswith("sm_"))
-    for precision, targets in (("tf32x3", nvidia), ("ieee", tuple(t for t in TARGETS if t not in nvidia))):
+    others = tuple(target for target in TARGETS if target not in nvidia)
+    for precision, targets in (("tf32x3", nvidia), ("ieee", TARGETS)):
         for regime, (rows, columns, block_n, parts, warps, stages) in configs.items():
             for inputs in {"many16": HALVES, "many32": ("fp32",)}.get(regime, (*HALVES, "fp32")):
                 # Momentum and SGD are Adam's step with less in registers: one tile proves that they compile.
@@ -156,10 +172,14 @@ def product_cases(kind: str, kernel, configs: dict, axes: tuple[str, str], flags
                 constexprs = blocks | flags | {"UPCAST": False, "PRECISION": precision}
                 options = {"num_warps": warps, "num_stages": stages, "targets": targets}
                 options["expect"] = "wgmma" if regime.startswith("many") else "mma"
+                if precision == "ieee":
+                    # 16 bits are multiplied alike in either precision; the matrix units of AMD alone take fp32.
+                    options["targets"] = TARGETS if inputs == "fp32" else others
+                    options["expect"] = None if inputs == "fp32" else options["expect"]
                 name = f"{kind}/{regime}/{inputs}/{precision}"
                 cases.append(case(name, kernel, constexprs, inputs, **options))
                 if flags.get("ADAM") and regime.startswith("many") and inputs != "fp16":
-                    # rho 0.2 of 11008 columns is 2202: rows of features that start at no multiple of 16.
-                    odd = dict(options, ragged=("K", "stride_fn"))
+                    # rho 0.2 of 11008 columns is 2202: no multiple of 16.
+                    odd = dict(options, ragged=("K",))
                     cases.append(case(f"{name}/ragged", kernel, constexprs, inputs, **odd))
     return cases
