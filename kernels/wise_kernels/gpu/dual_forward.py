@@ -2,17 +2,11 @@
 fused into the same launch if asked, y = a W^T + b [N, O]. a [N, F], W [O, F], values [R, O], columns and bounds as in
 `wise_kernels.dual_forward`; everything accumulates in fp32.
 
-Few rows (N <= 64), this file: bound by the bytes of `values` (and W), 2 R O (+ 2 O F) in 16 bits. The product is
+Few rows (N <= 16), this file: bound by the bytes of `values` (and W), 2 R O (+ 2 O F) in 16 bits. The product is
 computed transposed, values^T a_S^T, so that outputs fill the 64 rows that a Hopper matrix instruction has and tokens
 its narrow side, and the summed dimension is split over programs until all SMs read. The parts are added in order by
-`sum_splits`. Predicted for Llama-2-7B (4096 x 11008, rho 0.2, one memory, bf16, 3.35 TB/s) with launches of 2 us:
-side 5.4 + 2 + 2 us beside a plain projection of 27 us, 1.35x; fused (27 + 5.4 + 2) / 27 = 1.27x. More rows:
-`dual_tiles.py`.
-
-Measured: not yet on a device.
+`sum_splits`. More rows: `dual_tiles.py`, which was the faster of the two from 17 on (64 rows, H100: 25 and 44 us).
 """
-
-from itertools import product
 
 import torch
 import triton
@@ -24,16 +18,15 @@ from .launch import AotCase, dependent, guard, interpreted, wait_for_inputs
 from .row_sums import sum_splits
 from .tile import EXPECT_OF, TARGETS_OF, Tile, family, kinds_of
 
-FEW_ROWS, SOME_ROWS = 16, 64
-# (up to FEW_ROWS, up to SOME_ROWS)
+FEW_ROWS = 16
 TILES = {
-    "wgmma": (Tile(16, 128, 64, 4, 4), Tile(64, 128, 64, 8, 4)),
-    "mma": (Tile(16, 128, 32, 4, 5), Tile(64, 128, 32, 8, 4)),
-    "amd": (Tile(16, 128, 64, 4, 2), Tile(64, 128, 64, 8, 2)),
-    "fp32": (Tile(16, 64, 16, 4, 4), Tile(64, 64, 16, 8, 4)),
+    "wgmma": Tile(FEW_ROWS, 128, 64, 4, 4),
+    "mma": Tile(FEW_ROWS, 128, 32, 4, 5),
+    "amd": Tile(FEW_ROWS, 128, 64, 4, 2),
+    "fp32": Tile(FEW_ROWS, 64, 16, 4, 4),
 }
-# Programs that keep a large device reading: a few for each of 132 SMs, fewer where each one's part is larger.
-PROGRAMS = {FEW_ROWS: 512, SOME_ROWS: 256}
+# Programs that keep a large device reading, a few for each of 132 SMs.
+PROGRAMS = 512
 
 
 @triton.jit
@@ -121,7 +114,7 @@ def split_fwd_kernel(
 
 def splits_of(depth: int, parts: int, tiles: int, tile: Tile) -> int:
     """How many programs share a sum over `depth` so that parts * tiles * splits of them are enough; one at least."""
-    wanted = triton.cdiv(PROGRAMS[FEW_ROWS if tile.rows <= FEW_ROWS else SOME_ROWS], max(parts * tiles, 1))
+    wanted = triton.cdiv(PROGRAMS, max(parts * tiles, 1))
     # A program with fewer than four steps never fills its pipeline.
     return max(1, min(wanted, depth // (4 * tile.depth)))
 
@@ -129,7 +122,7 @@ def splits_of(depth: int, parts: int, tiles: int, tile: Tile) -> int:
 def _few_rows(a, weight, bias, values, columns, bounds, y, side, norms) -> None:
     rows, width = a.shape
     outputs, memories = values.shape[1], bounds.shape[0] - 1
-    tile = TILES[family(a)][rows > FEW_ROWS]
+    tile = TILES[family(a)]
     tiles = triton.cdiv(outputs, tile.outputs)
     y_splits = 0 if weight is None else splits_of(width, 1, tiles, tile)
     side_splits = splits_of(values.shape[0] // max(memories, 1), memories, tiles, tile)
@@ -168,7 +161,7 @@ def dual_forward(
     norms = torch.empty(memories, rows, dtype=torch.float32, device=a.device)
     if rows and outputs and (memories or weight is not None):
         with guard(a):
-            forward = _few_rows if rows <= SOME_ROWS else tiles_forward
+            forward = _few_rows if rows <= FEW_ROWS else tiles_forward
             forward(a, weight, bias, values, columns, bounds, y, side, norms)
     return y, side, norms
 
@@ -177,14 +170,14 @@ def aot_cases() -> list[AotCase]:
     """Every configuration that is launched."""
     cases = []
     sizes = ("N", "O", "F", "s_an", "s_wo", "y_splits", "y_chunk", "side_splits")
-    for table, tiles in TILES.items():
-        for kind, tile in product(kinds_of(table), tiles):
+    for table, tile in TILES.items():
+        for kind in kinds_of(table):
             types = dict.fromkeys(("p_a", "p_weight", "p_values"), f"*{kind}")
             types |= {"p_columns": "*i64", "p_bounds": "*i64", "p_y_parts": "*fp32", "p_side_parts": "*fp32"}
             meta = {"s_af": 1, "s_wf": 1, "UPCAST": False} | tile.blocks
             cases.append(
                 AotCase(
-                    f"split/{table}/{tile.rows}/{kind}", split_fwd_kernel,
+                    f"split/{table}/{kind}", split_fwd_kernel,
                     types | dict.fromkeys(sizes, "i32") | dict.fromkeys(meta, "constexpr"), meta,
                     expect=EXPECT_OF[table], **tile.options,
                     divisible=(*types, "O", "F", "s_an", "s_wo", "y_chunk"), targets=TARGETS_OF[table],

@@ -1,4 +1,4 @@
-"""Neuron layout, many rows (N > 64): bound by the matrix units, 2 N O (R + F if fused) operations.
+"""Neuron layout, many rows (N > 16): bound by the matrix units, 2 N O (R + F if fused) operations.
 
 Single columns of `a` in a matmul's main loop would be 2-byte loads that keep the matrix units waiting, so `compact`
 first copies a_S = a[:, columns] of all memories to [N, P], N R elements: `a` comes from memory once, in the order of
@@ -23,13 +23,13 @@ from .tile import EXPECT_OF, TARGETS_OF, Tile, family, kinds_of
 
 ALIGN = 64
 # Rows of a program of the compaction, its warps, and the memories whose bounds it looks at together.
-COMPACT_ROWS, COMPACT_WARPS, COMPACT_BOUNDS = 64, 4, 64
+COMPACT_ROWS, COMPACT_WARPS, COMPACT_BOUNDS = 16, 4, 64
 # Rows of tiles that are walked before the next column of them.
 GROUP = 8
 SHORT = Tile(64, 64, 64, 4, 4)
 # Large tiles first.
 TILES = {
-    "wgmma": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 4, 3), SHORT),
+    "wgmma": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 4, 4), SHORT),
     "mma": (Tile(128, 128, 32, 4, 4), SHORT),
     "amd": (Tile(128, 128, 64, 4, 2), Tile(64, 64, 64, 4, 2)),
     "fp32": (Tile(64, 64, 16, 4, 3),),

@@ -26,13 +26,18 @@ from .update_tile import (
 # regime -> BLOCK_K, BLOCK_O, BLOCK_N, PARTS of the step, num_warps, num_stages
 CONFIGS = {
     "narrow": (32, 64, 32, 1, 4, 3),
-    "few": (64, 64, 32, 1, 4, 3),
-    "many16": (128, 128, 64, 4, 8, 3),
+    "few16": (64, 64, 64, 2, 4, 3),
+    "few32": (64, 64, 32, 1, 4, 3),
+    "many16": (64, 128, 64, 4, 4, 3),
     "many32": (128, 128, 32, 4, 8, 3),
 }
 # Under this many 64 x 64 tiles a memory is narrow: some multiprocessors would have no tile, or one of two waves.
 FEW_TILES = 256
-FEW_TOKENS = 128
+# Up to so many tokens, by the size of an operand in bytes, small tiles: many programs an SM, of which some wait for
+# memory while others multiply. Beyond, tiles that read the operands less often.
+FEW_TOKENS = {2: 1024, 4: 128}
+# Below, copying the features to rows of 16 bytes costs more than it saves.
+ALIGNED_TOKENS = 128
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -71,9 +76,7 @@ def neuron_kernel(
 def config(tokens: int, rows: int, columns: int, itemsize: int) -> tuple[int, ...]:
     if triton.cdiv(rows, 64) * triton.cdiv(columns, 64) < FEW_TILES:
         return CONFIGS["narrow"]
-    if tokens <= FEW_TOKENS:
-        return CONFIGS["few"]
-    return CONFIGS["many16" if itemsize == 2 else "many32"]
+    return CONFIGS[f"{'few' if tokens <= FEW_TOKENS[itemsize] else 'many'}{8 * itemsize}"]
 
 
 def masked_update(values, features, dy, exp_avg, exp_avg_sq, copy, *hyper) -> None:
@@ -82,7 +85,7 @@ def masked_update(values, features, dy, exp_avg, exp_avg_sq, copy, *hyper) -> No
     if values.numel() == 0:
         return
     features, dy, options = product_operands(features, dy)
-    if tokens > FEW_TOKENS:
+    if tokens > ALIGNED_TOKENS:
         features = aligned_columns(features)
     block_k, block_o, block_n, parts, warps, stages = config(tokens, rows, columns, features.element_size())
     given = Contiguous(values, exp_avg, exp_avg_sq, copy)

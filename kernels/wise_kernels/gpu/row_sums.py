@@ -13,7 +13,7 @@ from torch import Tensor
 from .launch import AotCase, dependent, wait_for_inputs
 
 SPLITS_BLOCK, SPLITS_WARPS = 2048, 8
-NORMS_BLOCK, NORMS_WARPS = 128, 4
+NORMS_TILES, NORMS_BLOCK, NORMS_WARPS = 32, 32, 4
 
 
 @triton.jit
@@ -53,15 +53,16 @@ def sum_splits_kernel(
 
 
 @triton.jit(do_not_specialize=["N", "tiles"])
-def finish_norms_kernel(p_squares, p_norms, N, tiles, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def finish_norms_kernel(p_squares, p_norms, N, tiles, TILES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """norms [J, N] = sqrt of the sum over tiles of squares [J, tiles, N]; program (block of rows, memory)."""
     wait_for_inputs(PDL)
     o_n, j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
-    b_sum = tl.zeros([BLOCK], dtype=tl.float32)
-    for t in range(tiles):
-        row = (j * tiles + t).to(tl.int64)
-        b_sum += tl.load(p_squares + row * N + o_n, mask=o_n < N, other=0.0)
-    tl.store(p_norms + j.to(tl.int64) * N + o_n, tl.sqrt(b_sum), mask=o_n < N)
+    b_sum = tl.zeros([TILES, BLOCK], dtype=tl.float32)
+    for t in range(0, tiles, TILES):
+        o_t = t + tl.arange(0, TILES)
+        p_row = p_squares + (j * tiles + o_t).to(tl.int64)[:, None] * N
+        b_sum += tl.load(p_row + o_n[None, :], mask=(o_t < tiles)[:, None] & (o_n < N)[None, :], other=0.0)
+    tl.store(p_norms + j.to(tl.int64) * N + o_n, tl.sqrt(tl.sum(b_sum, 0)), mask=o_n < N)
 
 
 def sum_splits(
@@ -88,7 +89,7 @@ def finish_norms(squares: Tensor, norms: Tensor) -> None:
     memories, tiles, rows = squares.shape
     if memories:
         finish_norms_kernel[(triton.cdiv(rows, NORMS_BLOCK), memories)](
-            squares, norms, rows, tiles, BLOCK=NORMS_BLOCK, num_warps=NORMS_WARPS, **dependent(norms)
+            squares, norms, rows, tiles, TILES=NORMS_TILES, BLOCK=NORMS_BLOCK, num_warps=NORMS_WARPS, **dependent(norms)
         )
 
 
@@ -104,7 +105,7 @@ def aot_cases() -> list[AotCase]:
         cases.append(
             AotCase(f"sum_splits/{kind}", sum_splits_kernel, signature, flags, SPLITS_WARPS, divisible=(*types, "O"))
         )
-    types = {"p_squares": "*fp32", "p_norms": "*fp32", "N": "i32", "tiles": "i32", "BLOCK": "constexpr"}
-    meta, divisible = {"BLOCK": NORMS_BLOCK}, ("p_squares",)
+    types = {"p_squares": "*fp32", "p_norms": "*fp32", "N": "i32", "tiles": "i32"}
+    meta, divisible = {"TILES": NORMS_TILES, "BLOCK": NORMS_BLOCK}, ("p_squares",)
     cases.append(AotCase("finish_norms", finish_norms_kernel, types, meta, NORMS_WARPS, divisible=divisible))
     return cases

@@ -164,9 +164,9 @@ def product_cases(kind: str, kernel, configs: dict, axes: tuple[str, str], flags
     others = tuple(target for target in TARGETS if target not in nvidia)
     for precision, targets in (("tf32x3", nvidia), ("ieee", TARGETS)):
         for regime, (rows, columns, block_n, parts, warps, stages) in configs.items():
-            for inputs in {"many16": HALVES, "many32": ("fp32",)}.get(regime, (*HALVES, "fp32")):
+            for inputs in {"16": HALVES, "32": ("fp32",)}.get(regime[-2:], (*HALVES, "fp32")):
                 # Momentum and SGD are Adam's step with less in registers: one tile proves that they compile.
-                if not flags.get("ADAM", True) and (regime, inputs) != ("few", "bf16"):
+                if not flags.get("ADAM", True) and (regime, inputs) != ("few16", "bf16"):
                     continue
                 blocks = {axes[0]: rows, axes[1]: columns, "BLOCK_N": block_n, "PARTS": parts}
                 constexprs = blocks | flags | {"UPCAST": False, "PRECISION": precision}
