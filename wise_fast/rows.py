@@ -83,6 +83,11 @@ class Group:
         """[n*T] bool, tokens that are not padding."""
         return self.batch.attention_mask.flatten().bool()
 
+    def asked(self) -> Tensor:
+        """[n*T] bool, tokens that the edit is about: of the prompt behind a prefix, and of the answer."""
+        begun = self.batch.prompt_mask.cummax(1).values
+        return begun.flatten() & self.seen()
+
     def key(self, place: int) -> Tensor:
         """[n, K] activations of a row's prompt, for thresholds."""
         return self.selected[self.tokens([place])][self.batch.prompt_mask[place]].clone()
@@ -153,10 +158,11 @@ class Rows:
         return group.key(place)
 
     def taught(self, edits: Sequence[int]) -> Tensor:
-        """[n, K] activations of every token of every row of these edits, for protection."""
+        """[n, K] activations of these edits' prompts and answers in every row, for protection. Prefixes are any text:
+        they would take most of the room, and nobody asks for them again."""
         numbers = [edit * self.variants + variant for edit in edits for variant in range(self.variants)]
         parts = [(group, group.tokens(places)) for group, places in self.split(numbers)]
-        return torch.cat([group.selected[tokens[group.seen()[tokens]]] for group, tokens in parts])
+        return torch.cat([group.selected[tokens[group.asked()[tokens]]] for group, tokens in parts])
 
     def restrict(self, looks: Sequence[tuple[Group, Sequence[int], Look]]) -> None:
         """Let later looks compute the likely tokens alone, given full looks at the bare prompts.
