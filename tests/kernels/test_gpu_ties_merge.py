@@ -12,6 +12,7 @@ from wise_kernels import reference, ties_merge
 pytest.importorskip("triton")
 
 from wise_kernels.gpu import ties_merge as gpu  # noqa: E402
+from wise_kernels.gpu import ties_trim as trim  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -38,9 +39,7 @@ def merge(values, index, density, weights=None):
 
 
 def thresholds(values, keep):
-    values = [v.to(DEVICE) for v in values]
-    table = torch.tensor([[v.data_ptr(), v.numel(), 0, 0] for v in values]).to(DEVICE)
-    return gpu.thresholds(values, table, keep).cpu()
+    return gpu.thresholds([v.to(DEVICE) for v in values], keep).cpu()
 
 
 def shard(rows, m, seed, dtype=torch.float32, total=200):
@@ -92,7 +91,7 @@ def test_the_threshold_is_the_entry_a_sort_finds(size, dtype, seed, share, expon
     values = (normal(size, 1, seed=seed) * 2.0**exponent).to(dtype)
     keep = min(size, 1 + int(share * size))
     expected = values.abs().flatten().sort(descending=True).values[keep - 1]
-    assert thresholds([values], [keep])[0] == expected.float()
+    assert thresholds([values], [keep])[0] == expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -102,20 +101,20 @@ def test_thresholds_of_extreme_values(dtype):
     values = torch.tensor(special).to(dtype)[:, None]
     for keep in range(1, len(special) + 1):
         expected = values.abs().flatten().sort(descending=True).values[keep - 1]
-        assert thresholds([values], [keep])[0] == expected.float()
+        assert thresholds([values], [keep])[0] == expected
 
 
 def test_thresholds_of_shards_of_different_sizes_and_of_one_value():
-    values = [torch.full((gpu.BLOCK + 3, 1), -0.75), normal(3 * gpu.BLOCK + 17, 1), normal(1, 1, seed=1)]
-    keep = [5, gpu.BLOCK, 1]
+    values = [torch.full((trim.BLOCK + 3, 1), -0.75), normal(3 * trim.BLOCK + 17, 1), normal(1, 1, seed=1)]
+    keep = [5, trim.BLOCK, 1]
     got = thresholds(values, keep)
     for tau, shard_values, k in zip(got, values, keep, strict=True):
         assert tau == shard_values.abs().flatten().sort(descending=True).values[k - 1]
 
 
 def test_a_program_walks_over_many_blocks(monkeypatch):
-    monkeypatch.setattr(gpu, "PROGRAMS", 2)
-    monkeypatch.setattr(gpu, "BLOCK", 64)
+    monkeypatch.setattr(trim, "PROGRAMS", 2)
+    monkeypatch.setattr(trim, "BLOCK", 64)
     values = normal(64 * 7 + 5, 1)
     assert thresholds([values], [100])[0] == values.abs().flatten().sort(descending=True).values[99]
 
