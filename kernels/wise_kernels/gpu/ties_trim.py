@@ -70,15 +70,31 @@ def _last(p_done, programs):
 
 
 @triton.jit
-def _bracket(b_bits, m_block, lo, hi, p_state, p_buffer, capacity):
-    """How many entries are above the bracket; those inside go to the buffer, as far as it has room."""
-    m_inside = m_block & (b_bits >= lo) & (b_bits <= hi)
-    # Both counts in one scan: 16 bits hold a block's.
-    b_end = tl.cumsum(m_inside.to(tl.int32) + ((m_block & (b_bits > hi)).to(tl.int32) << 16), 0)
-    total = tl.max(b_end, 0)
-    start = tl.atomic_add(p_state + FOUND, total & 0xFFFF, sem="relaxed")
-    b_at = start + (b_end & 0xFFFF) - 1
+def _buffer(b_bits, b_at, lo, hi, p_buffer, capacity):
+    m_inside = (b_bits >= lo) & (b_bits <= hi)
     tl.store(p_buffer + b_at, b_bits.to(p_buffer.dtype.element_ty), mask=m_inside & (b_at < capacity))
+    return b_at + m_inside.to(tl.int32)
+
+
+@triton.jit
+def _bracket(b_bits, lo, hi, p_state, p_buffer, capacity):
+    """How many entries of [BLOCK / 4, 4] are above the bracket; those inside go to the buffer, as far as it has room.
+
+    A thread holds whole rows and counts them for itself, so that the scan is over rows and not over entries.
+    """
+    # Both counts in one scan: 16 bits hold a block's.
+    b_flags = ((b_bits >= lo) & (b_bits <= hi)).to(tl.int32) + ((b_bits > hi).to(tl.int32) << 16)
+    b_count = tl.sum(b_flags, 1)
+    total = tl.sum(b_count, 0)
+    start = tl.atomic_add(p_state + FOUND, total & 0xFFFF, sem="relaxed")
+    b_at = start + ((tl.cumsum(b_count, 0) - b_count) & 0xFFFF)
+    b_even, b_odd = tl.split(tl.reshape(b_bits, (b_bits.shape[0], 2, 2)))
+    b_0, b_2 = tl.split(b_even)
+    b_1, b_3 = tl.split(b_odd)
+    b_at = _buffer(b_0, b_at, lo, hi, p_buffer, capacity)
+    b_at = _buffer(b_1, b_at, lo, hi, p_buffer, capacity)
+    b_at = _buffer(b_2, b_at, lo, hi, p_buffer, capacity)
+    _buffer(b_3, b_at, lo, hi, p_buffer, capacity)
     return total >> 16
 
 
@@ -98,17 +114,17 @@ def bracket_kernel(p_table, p_state, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     p_bits = tl.multiple_of(tl.load(p_table + VALUES).to(pointer), 16)
     p_buffer = tl.load(p_table + BUFFER).to(pointer)
     above = 0
-    o_block = tl.arange(0, BLOCK)
+    o_block = (tl.arange(0, BLOCK // 4) * 4)[:, None] + tl.arange(0, 4)[None, :]
     whole = size // BLOCK * BLOCK
     # Whole blocks without a mask: a size read from memory would allow no vector loads. Staged, because a block waits
     # for its place in the buffer.
     for start in tl.range(tl.program_id(0) * BLOCK, whole, tl.num_programs(0) * BLOCK, num_stages=3):
         b_bits = tl.load(p_bits + start + o_block).to(tl.int32) & ((1 << BITS) - 1)
-        above += _bracket(b_bits, o_block >= 0, lo, hi, p_state, p_buffer, capacity)
+        above += _bracket(b_bits, lo, hi, p_state, p_buffer, capacity)
     if tl.program_id(0) == tl.num_programs(0) - 1:
         m_block = o_block < size - whole
         b_bits = tl.load(p_bits + whole + o_block, mask=m_block, other=0).to(tl.int32) & ((1 << BITS) - 1)
-        above += _bracket(b_bits, m_block, lo, hi, p_state, p_buffer, capacity)
+        above += _bracket(tl.where(m_block, b_bits, -1), lo, hi, p_state, p_buffer, capacity)
     tl.atomic_add(p_state + ABOVE, above, sem="relaxed")
     if _last(p_state + DONE, tl.num_programs(0)):
         keep = tl.load(p_table + KEEP).to(tl.int32)
