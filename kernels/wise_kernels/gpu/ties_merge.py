@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import AotCase, guard
+from .ties_map import SHARDS, SPARSEST, UNION_BLOCK, compact, mark, tiles_of
 from .ties_rows import place
 from .ties_trim import BINS, FIELDS, STATE, VALUES, WEIGHT, bracket, select, table_of
 
@@ -34,6 +35,28 @@ def _tau(bits, DTYPE: tl.constexpr):
     else:
         tau = bits.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
     return tau
+
+
+@triton.jit
+def _shard(p_table, p_state, shard, shards, DTYPE: tl.constexpr):
+    """Address of a shard's values, its tau and its weight; zeros past the last shard."""
+    m_shard = shard < shards
+    p_shard = p_table + shard * FIELDS
+    p_values = tl.multiple_of(tl.load(p_shard + VALUES, mask=m_shard, other=0).to(tl.pointer_type(DTYPE)), 16)
+    weight = tl.load(p_shard + WEIGHT, mask=m_shard, other=0).to(tl.int32).to(tl.float32, bitcast=True)
+    return p_values, _tau(tl.load(p_state + shard * STATE, mask=m_shard, other=0), DTYPE), weight
+
+
+@triton.jit
+def _vote(b_value, tau, weight, b_mass, b_plus, b_minus, b_plus_weight, b_minus_weight):
+    b_value = b_value.to(tl.float32)
+    b_value = tl.where(tl.abs(b_value) >= tau, b_value, 0.0)
+    b_mass += b_value.to(b_mass.dtype)
+    b_plus += weight * tl.maximum(b_value, 0.0)
+    b_minus += weight * tl.minimum(b_value, 0.0)
+    b_plus_weight += tl.where(b_value > 0, weight, 0.0)
+    b_minus_weight += tl.where(b_value < 0, weight, 0.0)
+    return b_mass, b_plus, b_minus, b_plus_weight, b_minus_weight
 
 
 @triton.jit
@@ -64,22 +87,48 @@ def merge_kernel(
     for first in range(0, shards, GROUP):
         for i in tl.static_range(GROUP):
             shard = first + i
-            m_shard = shard < shards
-            p_shard = p_table + shard * FIELDS
-            b_pos = tl.load(p_pos + shard.to(tl.int64) * pitch + o_r, mask=m_shard & (o_r < n), other=0)
-            p_values = tl.multiple_of(tl.load(p_shard + VALUES, mask=m_shard, other=0).to(tl.pointer_type(dtype)), 16)
+            p_values, tau, weight = _shard(p_table, p_state, shard, shards, dtype)
+            b_pos = tl.load(p_pos + shard.to(tl.int64) * pitch + o_r, mask=(shard < shards) & (o_r < n), other=0)
             p_tile = p_values + ((b_pos.to(tl.int64) - 1) * m)[:, None] + o_m[None, :]
-            b_value = tl.load(p_tile, mask=m_tile & (b_pos > 0)[:, None], other=0.0).to(tl.float32)
-            tau = _tau(tl.load(p_state + shard * STATE, mask=m_shard, other=0), dtype)
-            weight = tl.load(p_shard + WEIGHT, mask=m_shard, other=0).to(tl.int32).to(tl.float32, bitcast=True)
-            b_value = tl.where(tl.abs(b_value) >= tau, b_value, 0.0)
-            b_mass += b_value.to(b_mass.dtype)
-            b_plus += weight * tl.maximum(b_value, 0.0)
-            b_minus += weight * tl.minimum(b_value, 0.0)
-            b_plus_weight += tl.where(b_value > 0, weight, 0.0)
-            b_minus_weight += tl.where(b_value < 0, weight, 0.0)
+            b_value = tl.load(p_tile, mask=m_tile & (b_pos > 0)[:, None], other=0.0)
+            b_mass, b_plus, b_minus, b_plus_weight, b_minus_weight = _vote(
+                b_value, tau, weight, b_mass, b_plus, b_minus, b_plus_weight, b_minus_weight
+            )
     b_mean = _elected(b_mass, b_plus, b_minus, b_plus_weight, b_minus_weight)
     tl.store(p_out + (o_r * m)[:, None] + o_m[None, :], b_mean.to(dtype), mask=m_tile)
+
+
+@triton.jit(do_not_specialize=("n", "shards"))
+def merge_map_kernel(
+    p_table, p_state, p_bits, p_first, p_out, n, shards, PAIR: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """BLOCK single entries of the result: a shard's next values go to the rows with its bit, in order.
+
+    Bytes: every shard's values once + the result + a byte an entry.
+    """
+    dtype: tl.constexpr = p_out.dtype.element_ty
+    block = tl.program_id(0)
+    o_r = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    b_bits = tl.load(p_bits + o_r, mask=o_r < n, other=0).to(tl.int32)
+    b_mass = tl.zeros((BLOCK,), dtype=tl.float32 if PAIR else tl.float64)
+    b_plus = tl.zeros((BLOCK,), dtype=tl.float32)
+    b_minus, b_plus_weight, b_minus_weight = b_plus, b_plus, b_plus
+    for first in range(0, shards, 2):
+        # One scan for two shards: 16 bits hold a block's count.
+        b_two = b_bits >> first
+        b_count = (b_two & 1) | ((b_two & 2) << 15)
+        b_before = tl.cumsum(b_count, 0) - b_count
+        for i in tl.static_range(2):
+            shard = first + i
+            p_values, tau, weight = _shard(p_table, p_state, shard, shards, dtype)
+            start = tl.load(p_first + shard * tl.num_programs(0) + block, mask=shard < shards, other=0)
+            b_at = start + ((b_before >> (16 * i)) & 0xFFFF)
+            b_value = tl.load(p_values + b_at, mask=((b_two >> i) & 1) != 0, other=0.0)
+            b_mass, b_plus, b_minus, b_plus_weight, b_minus_weight = _vote(
+                b_value, tau, weight, b_mass, b_plus, b_minus, b_plus_weight, b_minus_weight
+            )
+    b_mean = _elected(b_mass, b_plus, b_minus, b_plus_weight, b_minus_weight)
+    tl.store(p_out + o_r, b_mean.to(dtype), mask=o_r < n)
 
 
 def supported(values: Sequence[Tensor]) -> bool:
@@ -144,23 +193,30 @@ def merge_config(m: int) -> tuple[int, int, int]:
 def ties_merge(values, index, keep: Sequence[int], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Merge; arguments as `wise_kernels.ties_merge._ties_merge`, with the entries to keep of each shard."""
     values, index = [_aligned(v) for v in values], [_aligned(rows) for rows in index]
-    device, m, shards = values[0].device, values[0].shape[1], len(values)
-    rows = [r.numel() for r in index]
-    total = sum(rows)
+    total, m, shards = sum(r.numel() for r in index), values[0].shape[1], len(values)
     if total == 0:
         return torch.empty_like(values[0]), torch.empty_like(index[0])
     table, _buffer = table_of(values, index, keep, weights)
-    sizes = (shards * STATE.value, shards * BINS.value, 1 + shards, total, shards * total)
-    state, hist, report, flag, pos = _zeros(device, *sizes)
     with guard(table):
-        # Queued first, the pass over the values hides the launches of what follows.
-        bracket(table, state, values)
-        union = place(table, flag, pos.view(shards, total), report, max(rows))
+        if m == 1 and shards <= SHARDS:
+            ends = _later(torch.cat([r[-1:] for r in index]))
+            state, hist = _zeros(table.device, shards * STATE.value, shards * BINS.value)
+            # Queued first, the pass over the values hides the wait, and the launches of what follows.
+            bracket(table, state, values)
+            limit = max(0, *ends()) + 1
+            if limit <= SPARSEST * total:
+                return _merge_mapped(table, state, hist, values, limit)
+            flag, pos, report = _zeros(table.device, total, shards * total, 1 + shards)
+        else:
+            sizes = (shards * STATE.value, shards * BINS.value, total, shards * total, 1 + shards)
+            state, hist, flag, pos, report = _zeros(table.device, *sizes)
+            bracket(table, state, values)
+        union = place(table, flag, pos.view(shards, total), report, max(r.numel() for r in index))
         found = _later(report)
         select(table, hist, state, values)
         n, *unsorted = found()
         _check_rows(unsorted)
-        out = torch.empty(n, m, dtype=values[0].dtype, device=device)
+        out = torch.empty(n, m, dtype=values[0].dtype, device=table.device)
         if m:
             block_r, block_m, warps = merge_config(m)
             merge_kernel[(triton.cdiv(n, block_r), triton.cdiv(m, block_m))](
@@ -168,6 +224,23 @@ def ties_merge(values, index, keep: Sequence[int], weights: Sequence[float]) -> 
                 GROUP=2 if shards <= 2 else 4, BLOCK_R=block_r, BLOCK_M=block_m, num_warps=warps,
             )  # fmt: skip
     return out, union[:n]
+
+
+def _merge_mapped(table, state, hist, values, limit: int) -> tuple[Tensor, Tensor]:
+    """The merge of single entries from tau's bracket on."""
+    shards, tiles = len(values), tiles_of(limit)
+    (counts,) = _zeros(table.device, tiles + shards)
+    marked, edge = mark(table, shards, limit, counts)
+    found = _later(counts[tiles - 1 :])
+    select(table, hist, state, values)
+    n, *unsorted = found()
+    _check_rows(unsorted)
+    union, bits, first = compact(table, marked, edge, counts, n)
+    out = torch.empty(n, 1, dtype=values[0].dtype, device=table.device)
+    merge_map_kernel[(triton.cdiv(n, UNION_BLOCK),)](
+        table, state, bits, first, out, n, shards, PAIR=shards <= 2, BLOCK=UNION_BLOCK
+    )
+    return out, union
 
 
 def aot_cases() -> list[AotCase]:
@@ -187,4 +260,10 @@ def aot_cases() -> list[AotCase]:
                 name = f"ties_merge/merge/{regime}/{group}/{dtype}"
                 case = AotCase(name, merge_kernel, signature, constexprs, num_warps=warps, divisible=divisible)
                 cases.append(case)
+        for pair in (True, False):
+            constexprs = {"PAIR": pair, "BLOCK": UNION_BLOCK}
+            pointers = {"p_table": "*i64", "p_state": "*i32", "p_bits": "*u8", "p_first": "*i32", "p_out": f"*{dtype}"}
+            signature = pointers | {"n": "i32", "shards": "i32"} | dict.fromkeys(constexprs, "constexpr")
+            name = f"ties_merge/map/{2 if pair else 'more'}/{dtype}"
+            cases.append(AotCase(name, merge_map_kernel, signature, constexprs, divisible=tuple(pointers)))
     return cases

@@ -17,23 +17,20 @@ BLOCK = 256
 
 
 @triton.jit
-def _bisect(p_rows, low, high, b_row):
-    """Positions in the sorted rows [low, high) of the first that is not below each of `b_row`."""
-    b_low = tl.zeros(b_row.shape, dtype=tl.int32) + low
-    b_high = tl.zeros(b_row.shape, dtype=tl.int32) + high
-    span = high - low
-    while span > 0:
+def bisect(p_rows, b_low, b_high, b_row):
+    """Positions in the sorted rows [b_low, b_high) of the first that is not below each of `b_row`."""
+    while tl.max(b_high - b_low, 0) > 0:
         m_open = b_low < b_high
         b_mid = b_low + ((b_high - b_low) >> 1)
         m_right = m_open & (tl.load(p_rows + b_mid, mask=m_open, other=0) < b_row)
         b_high = tl.where(m_open & (m_right == 0), b_mid, b_high)
         b_low = tl.where(m_right, b_mid + 1, b_low)
-        span >>= 1
     return b_low
 
 
 @triton.jit
-def _rows_of(p_table, shard):
+def rows_of(p_table, shard):
+    """Address and number of a shard's rows."""
     p_rows = tl.load(p_table + shard * FIELDS + ROWS).to(tl.pointer_type(tl.int64))
     return p_rows, tl.load(p_table + shard * FIELDS + COUNT).to(tl.int32)
 
@@ -43,18 +40,18 @@ def rank_kernel(p_table, p_flag, p_below, p_report, shards, BLOCK: tl.constexpr)
     """Of every row of a shard the number of rows below it in all shards, and a flag at that number; report[1 + shard]
     where rows are not sorted, repeat or are negative. Latency of the bisections."""
     shard = tl.program_id(1)
-    p_rows, rows = _rows_of(p_table, shard)
+    p_rows, rows = rows_of(p_table, shard)
     o_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_row = o_row < rows
     b_row = tl.load(p_rows + o_row, mask=m_row, other=0)
     b_before = tl.load(p_rows + o_row - 1, mask=m_row & (o_row > 0), other=-1)
     if tl.max((m_row & (b_row <= b_before)).to(tl.int32), 0) > 0:
         tl.store(p_report + 1 + shard, 1)
-    b_below = o_row
+    b_below, b_none = o_row, tl.zeros((BLOCK,), dtype=tl.int32)
     for other in range(shards):
         if other != shard:
-            p_others, others = _rows_of(p_table, other)
-            b_below += _bisect(p_others, 0, others, b_row)
+            p_others, others = rows_of(p_table, other)
+            b_below += bisect(p_others, b_none, b_none + others, b_row)
     start = tl.load(p_table + shard * FIELDS + START)
     tl.store(p_below + start + o_row, b_below, mask=m_row)
     tl.store(p_flag + b_below, 1, mask=m_row)
@@ -66,7 +63,7 @@ def place_kernel(p_table, p_rank, p_below, p_union, p_pos, p_report, total, BLOC
 
     Bytes: about 30 a row; launch latency where the rows are few."""
     shard = tl.program_id(1)
-    p_rows, rows = _rows_of(p_table, shard)
+    p_rows, rows = rows_of(p_table, shard)
     o_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_row = o_row < rows
     b_below = tl.load(p_below + tl.load(p_table + shard * FIELDS + START) + o_row, mask=m_row, other=0)
@@ -79,7 +76,7 @@ def place_kernel(p_table, p_rank, p_below, p_union, p_pos, p_report, total, BLOC
 
 def place(table: Tensor, flag: Tensor, pos: Tensor, report: Tensor, rows: int) -> Tensor:
     """The union in the first report[0] entries of a tensor [total], and pos [k, total] filled in; shards have at most
-    `rows` rows each. `flag` [total], pos and `report` [1 + k] come as zeros."""
+    `rows` rows each. `flag` [total], pos and `report` [1 + k] come as zeros. Three launches."""
     shards, total = pos.shape
     below = torch.empty_like(flag)
     union = torch.empty(total, dtype=torch.int64, device=flag.device)
