@@ -13,7 +13,7 @@ from torch import Tensor
 from .launch import AotCase
 from .ties_rows import bisect, rows_of
 
-SHARDS, TILE, BLOCK, UNION_BLOCK = 8, 4096, 1024, 1024
+SHARDS, TILE, BLOCK, UNION_BLOCK = 8, 4096, 512, 512
 # A map of up to so many bytes a row of the shards, which have 8 bytes a row themselves.
 SPARSEST = 16
 
@@ -43,7 +43,7 @@ def edge_kernel(
 
 @triton.jit(do_not_specialize=("tiles", "shards"))
 def mark_kernel(p_table, p_edge, p_map, p_size, p_counts, tiles, shards, TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """One tile of the map and how many of its rows are in the union; past the tiles of `counts`, whose rows are unsorted.
+    """One tile of the map, how many of its rows are in the union, and counts[tiles + shard] where rows are not sorted.
 
     Bytes: the rows, and the map.
     """
@@ -54,18 +54,20 @@ def mark_kernel(p_table, p_edge, p_map, p_size, p_counts, tiles, shards, TILE: t
     for i in range(shards):
         tl.debug_barrier()
         p_rows, _ = rows_of(p_table, i)
+        b_unsorted = tl.zeros((BLOCK,), dtype=tl.int32)
         end = tl.load(p_edge + i * (tiles + 1) + tile + 1)
         for at in range(tl.load(p_edge + i * (tiles + 1) + tile), end, BLOCK):
             o_at = at + tl.arange(0, BLOCK)
             m_at = o_at < end
             b_row = tl.load(p_rows + o_at, mask=m_at, other=0)
             b_before = tl.load(p_rows + o_at - 1, mask=m_at & (o_at > 0), other=-1)
-            if tl.max((m_at & (b_row <= b_before)).to(tl.int32), 0) > 0:
-                tl.store(p_counts + tiles + i, 1)
+            b_unsorted |= (m_at & (b_row <= b_before)).to(tl.int32)
             b_row -= start
             m_at = m_at & (b_row >= 0) & (b_row < TILE)
             b_bits = tl.load(p_tile + b_row, mask=m_at, other=0).to(tl.int32) | (1 << i)
             tl.store(p_tile + b_row, b_bits.to(tl.uint8), mask=m_at)
+        if tl.max(b_unsorted, 0) > 0:
+            tl.store(p_counts + tiles + i, 1)
     tl.debug_barrier()
     m_row = tl.load(p_tile + tl.arange(0, TILE)) != 0
     tl.store(p_size + tile, tl.sum(m_row.to(tl.int32), 0))
@@ -75,19 +77,17 @@ def mark_kernel(p_table, p_edge, p_map, p_size, p_counts, tiles, shards, TILE: t
 def compact_kernel(p_map, p_end, p_union, p_bits, TILE: tl.constexpr):
     """The rows of one tile of the map that shards have, and their bits, packed. Bytes: the map, and 9 a row."""
     tile = tl.program_id(0)
-    # Words of four bytes: a scan over words is a quarter of one over bytes.
-    o_word = tl.arange(0, TILE // 4)
+    # A scan over words of four bytes is a quarter of one over bytes.
+    o_word, o_byte = tl.arange(0, TILE // 4), tl.arange(0, 4)[None, :]
     b_word = tl.load(p_map.to(tl.pointer_type(tl.int32)) + tile.to(tl.int64) * (TILE // 4) + o_word)
-    b_count = tl.zeros((TILE // 4,), dtype=tl.int32)
-    for i in tl.static_range(4):
-        b_count += (((b_word >> (8 * i)) & 0xFF) != 0).to(tl.int32)
-    start = tl.load(p_end + tile) - tl.sum(b_count, 0)
-    b_at = start + tl.cumsum(b_count, 0) - b_count
-    for i in tl.static_range(4):
-        b_bits = (b_word >> (8 * i)) & 0xFF
-        tl.store(p_union + b_at, tile.to(tl.int64) * TILE + o_word * 4 + i, mask=b_bits != 0)
-        tl.store(p_bits + b_at, b_bits.to(tl.uint8), mask=b_bits != 0)
-        b_at += (b_bits != 0).to(tl.int32)
+    b_count = ((b_word & 0xFF) != 0).to(tl.int32) + ((b_word & 0xFF00) != 0).to(tl.int32)
+    b_count += ((b_word & 0xFF0000) != 0).to(tl.int32) + ((b_word >> 24) != 0).to(tl.int32)
+    b_start = tl.load(p_end + tile) - tl.sum(b_count, 0) + tl.cumsum(b_count, 0) - b_count
+    b_bits = (b_word[:, None] >> (8 * o_byte)) & 0xFF
+    b_count = (b_bits != 0).to(tl.int32)
+    b_at = b_start[:, None] + tl.cumsum(b_count, 1) - b_count
+    tl.store(p_union + b_at, tile.to(tl.int64) * TILE + o_word[:, None] * 4 + o_byte, mask=b_bits != 0)
+    tl.store(p_bits + b_at, b_bits.to(tl.uint8), mask=b_bits != 0)
 
 
 def _edges(table: Tensor, query: Tensor, edge: Tensor, out: Tensor, first: bool) -> Tensor:
