@@ -2,13 +2,17 @@
 the union of the rows. tau_i = k_i-th largest |values_i|; kept = values_i where |values_i| >= tau_i, else 0; gamma =
 sign of the sum of kept; result = mean, weighted by w_i, of the kept values with that sign.
 
-`ties_trim` finds tau, `ties_rows` the union and where its rows are in the shards. Then one launch reads every shard
-once through a table of pointers; a program owns a tile of the result. The positive and the negative side are averaged
-as they come, and the sign of the mass, summed in fp64 in the order of the shards as on the CPU, picks one: no
-accumulator leaves the registers, and nothing of the size of a shard is allocated but the result.
+`ties_trim` finds tau; `ties_rows` finds the union and where its rows are in the shards, or `ties_map` where rows are
+single entries. Then one launch reads every shard once through a table of pointers; a program owns a tile of the result.
+The positive and the negative side are averaged as they come, and the sign of the mass, summed in fp64 in the order of
+the shards as on the CPU, picks one: no accumulator leaves the registers.
 
-13 launches (11 in 16 bits) whatever k, copies and zeros included, and one wait for the size of the union and the check
-of the rows, while the trim goes on: merging is no part of serving. Bound: device memory.
+Launches whatever k, copies and zeros included: 13 with `ties_rows`, 18 with `ties_map`, two fewer in 16 bits. Waits of
+the host: one for the size of the union and the check of the rows, and with `ties_map` one for the last row, both while
+the trim goes on: merging is no part of serving.
+Memory beside the result: at most an eighth of each shard, 4 bytes for each row and shard, or the map, a byte for each
+row of the matrix. Bound: device memory; with `ties_map` issue slots come close.
+Predicted on an H100, Llama-2-7B, rho 0.2, fp32, 2 shards: neuron 150 us, element 380 us of device time.
 """
 
 from collections.abc import Callable, Sequence
