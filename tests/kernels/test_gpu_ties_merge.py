@@ -11,7 +11,9 @@ from wise_kernels import reference, ties_merge
 
 pytest.importorskip("triton")
 
+from wise_kernels.gpu import ties_map as rows_map  # noqa: E402
 from wise_kernels.gpu import ties_merge as gpu  # noqa: E402
+from wise_kernels.gpu import ties_trim as trim  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -38,9 +40,7 @@ def merge(values, index, density, weights=None):
 
 
 def thresholds(values, keep):
-    values = [v.to(DEVICE) for v in values]
-    table = torch.tensor([[v.data_ptr(), v.numel(), 0, 0] for v in values]).to(DEVICE)
-    return gpu.thresholds(values, table, keep).cpu()
+    return gpu.thresholds([v.to(DEVICE) for v in values], keep).cpu()
 
 
 def shard(rows, m, seed, dtype=torch.float32, total=200):
@@ -92,7 +92,7 @@ def test_the_threshold_is_the_entry_a_sort_finds(size, dtype, seed, share, expon
     values = (normal(size, 1, seed=seed) * 2.0**exponent).to(dtype)
     keep = min(size, 1 + int(share * size))
     expected = values.abs().flatten().sort(descending=True).values[keep - 1]
-    assert thresholds([values], [keep])[0] == expected.float()
+    assert thresholds([values], [keep])[0] == expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -102,20 +102,48 @@ def test_thresholds_of_extreme_values(dtype):
     values = torch.tensor(special).to(dtype)[:, None]
     for keep in range(1, len(special) + 1):
         expected = values.abs().flatten().sort(descending=True).values[keep - 1]
-        assert thresholds([values], [keep])[0] == expected.float()
+        assert thresholds([values], [keep])[0] == expected
 
 
 def test_thresholds_of_shards_of_different_sizes_and_of_one_value():
-    values = [torch.full((gpu.BLOCK + 3, 1), -0.75), normal(3 * gpu.BLOCK + 17, 1), normal(1, 1, seed=1)]
-    keep = [5, gpu.BLOCK, 1]
+    values = [torch.full((trim.BLOCK + 3, 1), -0.75), normal(3 * trim.BLOCK + 17, 1), normal(1, 1, seed=1)]
+    keep = [5, trim.BLOCK, 1]
     got = thresholds(values, keep)
     for tau, shard_values, k in zip(got, values, keep, strict=True):
         assert tau == shard_values.abs().flatten().sort(descending=True).values[k - 1]
 
 
+@pytest.mark.parametrize("margin,whole", [(0, True), (1024, True), (48, False)])
+def test_where_the_sample_misleads_or_the_buffer_overflows_the_whole_shard_is_searched(margin, whole, monkeypatch):
+    monkeypatch.setattr(trim, "SAMPLE", 1024)
+    monkeypatch.setattr(trim, "MARGIN", margin)
+    states, select = [], trim.select
+
+    def watch(table, hist, state, values):
+        states.append(state.clone())
+        select(table, hist, state, values)
+
+    monkeypatch.setattr(gpu, "select", watch)
+    values = normal(8000, 1)
+    for keep in (3000, 4000):
+        expected = values.abs().flatten().sort(descending=True).values[keep - 1]
+        assert thresholds([values], [keep])[0] == expected
+    assert all(bool(state[trim.WHOLE.value]) == whole for state in states)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 3])
+def test_ties_at_the_threshold_are_kept_in_every_dtype(m, dtype):
+    values = [torch.randint(-4, 5, (50, m), generator=generator(i)).to(dtype) for i in range(3)]
+    index = [torch.randperm(70, generator=generator(i))[:50].sort().values for i in range(3)]
+    got, rows = merge(values, index, 0.4)
+    expected, rows_ref = ties_merge(values, index, 0.4)
+    assert torch.equal(got, expected) and torch.equal(rows, rows_ref)
+
+
 def test_a_program_walks_over_many_blocks(monkeypatch):
-    monkeypatch.setattr(gpu, "PROGRAMS", 2)
-    monkeypatch.setattr(gpu, "BLOCK", 64)
+    monkeypatch.setattr(trim, "PROGRAMS", 2)
+    monkeypatch.setattr(trim, "BLOCK", 64)
     values = normal(64 * 7 + 5, 1)
     assert thresholds([values], [100])[0] == values.abs().flatten().sort(descending=True).values[99]
 
@@ -150,9 +178,21 @@ def test_rows_that_are_far_apart_need_no_map_of_the_matrix():
     assert rows.tolist() == [3, 10**12, 10**15] and got.flatten().tolist() == [1.0, 2.0, 3.0]
 
 
-def test_unsorted_rows_are_refused():
+@pytest.mark.parametrize("sizes", [(3000, 100), (0, 5000, 9, 2500), (700,) * 8, (300,) * 9])
+def test_single_entries_over_many_tiles_of_the_map(sizes, poisoned, monkeypatch):
+    monkeypatch.setattr(rows_map, "TILE", 256)
+    shards = [shard(rows, 1, seed, total=6000) for seed, rows in enumerate(sizes)]
+    values, index = zip(*shards, strict=True)
+    got, rows = merge(values, index, 0.5)
+    expected, rows_ref = ties_merge(values, index, 0.5)
+    assert torch.equal(got, expected) and torch.equal(rows, rows_ref)
+
+
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("rows", [[1, 1], [5, 3], [0, 900, 4], [-3, 2], [-7, -2], [9, 2, 700, 3]])
+def test_unsorted_rows_are_refused(rows, m):
     with pytest.raises(ValueError, match=r"index\[1\] must be sorted"):
-        merge([torch.ones(2, 1)] * 2, [torch.tensor([0, 1]), torch.tensor([1, 1])], 0.5)
+        merge([torch.ones(2, m), torch.ones(len(rows), m)], [torch.tensor([0, 1]), torch.tensor(rows)], 0.5)
 
 
 def test_inputs_are_left_as_they_were_and_launches_repeat_to_the_bit():
