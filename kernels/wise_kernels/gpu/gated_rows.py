@@ -11,7 +11,6 @@ from .launch import SIZES, AotCase, dependent, guard, wait_for_inputs
 
 ORDER_BLOCK = 64
 SIDE_N, SIDE_O = 4, 1024
-SUM_SPLITS, SUM_O = 8, 256
 
 
 @triton.jit
@@ -82,37 +81,6 @@ def side_fwd_kernel(
         tl.store(p_tile, (b_y + b_side).to(p_y.dtype.element_ty), mask=m)
 
 
-@triton.jit(do_not_specialize=(*SIZES, "splits"))
-def sum_fwd_kernel(
-    p_y, p_parts, p_choice, rows, tokens, memories, outputs, splits, s_yn, s_yo,
-    SPLITS: tl.constexpr, BLOCK_O: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """y += the parts of a row in scope; one order of summation, so equal inputs give equal bits."""
-    wait_for_inputs(PDL)
-    n = tl.program_id(0)
-    j = tl.load(p_choice + n // tokens)
-    if (j >= 0) & (j < memories):
-        o_o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O).to(tl.int64)
-        m_o = o_o < outputs
-        b_sum = tl.zeros([SPLITS, BLOCK_O], tl.float32)
-        for split in range(0, splits, SPLITS):
-            o_s = split + tl.arange(0, SPLITS)
-            p_row = p_parts + ((o_s.to(tl.int64) * rows + n) * outputs)[:, None]
-            b_sum += tl.load(p_row + o_o[None, :], mask=(o_s < splits)[:, None] & m_o[None, :], other=0.0)
-        p_row = p_y + n.to(tl.int64) * s_yn + o_o * s_yo
-        b_y = tl.load(p_row, mask=m_o, other=0.0).to(tl.float32)
-        tl.store(p_row, (b_y + tl.sum(b_sum, 0)).to(p_y.dtype.element_ty), mask=m_o)
-
-
-def add_parts(y: Tensor, parts: Tensor, choice: Tensor, memories: int) -> None:
-    """y [N, O] += the sum of parts [splits, N, O] for rows whose sequence chose a memory."""
-    (splits, rows, outputs), tokens = parts.shape, y.shape[0] // choice.shape[0]
-    sum_fwd_kernel[(rows, triton.cdiv(outputs, SUM_O))](
-        y, parts, choice, rows, tokens, memories, outputs, splits, *y.stride(),
-        SPLITS=SUM_SPLITS, BLOCK_O=SUM_O, **dependent(y),
-    )  # fmt: skip
-
-
 def ordered(choice: Tensor, memories: int) -> Tensor:
     """order [B] int64 of sequences by chosen memory, stable, those out of scope last."""
     order = torch.empty_like(choice)
@@ -142,11 +110,6 @@ def aot_cases() -> list[AotCase]:
         signature = {a: "constexpr" if a in meta else types.get(a, "i32") for a in side_fwd_kernel.arg_names}
         divisible = (*types, "outputs", "s_yn", "s_sn", "s_sj")
         cases.append(AotCase(f"gated_add/side/{kind[1:]}", side_fwd_kernel, signature, meta, divisible=divisible))
-        types = {"p_y": kind, "p_parts": "*fp32", "p_choice": "*i64"}
-        meta = {"s_yo": 1, "SPLITS": SUM_SPLITS, "BLOCK_O": SUM_O, "PDL": False}
-        signature = {a: "constexpr" if a in meta else types.get(a, "i32") for a in sum_fwd_kernel.arg_names}
-        divisible = (*types, "outputs", "s_yn")
-        cases.append(AotCase(f"gated_add/sum/{kind[1:]}", sum_fwd_kernel, signature, meta, divisible=divisible))
     signature = {"p_choice": "*i64", "p_order": "*i64", "batch": "i32", "memories": "i32", "BLOCK": "constexpr"}
     order = AotCase("gated_add/order", order_fwd_kernel, signature, {"BLOCK": ORDER_BLOCK})
     return [*cases, order]

@@ -39,13 +39,6 @@ def wait_for_inputs(PDL: tl.constexpr):
         tl.extra.cuda.gdc_wait()
 
 
-@triton.jit
-def next_may_start(PDL: tl.constexpr):
-    """The next launch may begin, and wait: for small kernels alone, as it takes room on the device."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-
-
 def dependent(tensor: Tensor) -> dict[str, bool]:
     """Options of a launch that may begin while the kernel before it ends (programmatic dependent launch, from Hopper
     on): behind a projection, 1 us less. The kernel calls `wait_for_inputs(PDL)` before it reads anything."""
