@@ -241,6 +241,7 @@ def launches(monkeypatch):
     for name in names:
         module = pytest.importorskip(f"wise_kernels.gpu.{name}")
         monkeypatch.setattr(module, "guard", lambda tensor: nullcontext(), raising=False)
+        monkeypatch.setattr(module, "dependent", lambda tensor: {}, raising=False)
         monkeypatch.setattr(module, "family", lambda tensor: "wgmma", raising=False)
         for kernel in [k for k in vars(module) if k.endswith("_kernel")]:
             monkeypatch.setattr(module, kernel, Launches(log, kernel))

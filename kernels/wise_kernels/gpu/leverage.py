@@ -24,7 +24,7 @@ from .launch import SIZES, AotCase, guard
 SMALL = (16, 128, 16, 4, 4)
 MEDIUM = (32, 64, 32, 4, 3)
 MEDIUM_FP32 = (32, 32, 32, 4, 3)
-LARGE = {32: (64, 32, 32, 4, 3), 64: (64, 32, 64, 4, 3), 128: (64, 32, 128, 8, 3)}
+LARGE = {32: (32, 128, 32, 4, 2), 64: (32, 128, 64, 4, 2), 128: (32, 64, 128, 4, 2)}
 # Programs below which a device is not full.
 ENOUGH = 128
 BLOCK_SUM = 256
@@ -96,7 +96,7 @@ def config(rows: int, memories: int, rank: int, exact: bool) -> tuple[int, int, 
         return SMALL
     if exact:
         return MEDIUM_FP32
-    if triton.cdiv(rows, 64) * memories < ENOUGH:
+    if triton.cdiv(rows, 32) * memories < ENOUGH:
         return MEDIUM
     return LARGE[min(128, max(32, triton.next_power_of_2(rank)))]
 
