@@ -25,10 +25,11 @@ from bench.gpu_cases import Built, Case, serving
 from bench.gpu_editing import editing
 from bench.gpu_timing import Arm, Ceilings, Clock, ceilings
 
-# Seconds each section may take, of 480 in all; the rest is for imports and the ceilings. What is left is passed on.
-BUDGETS = {"serving": 220.0, "editing": 70.0, "model": 130.0}
-END, HARD_END = 440.0, 470.0
-PER_CASE, QUICK = 1.5, 0.3
+# Seconds of a run, imports and ceilings included, and the share of each section; what one leaves goes to the next.
+SECONDS, GRACE = 440.0, 30.0
+SHARES = {"serving": 0.52, "editing": 0.17, "model": 0.31}
+# Seconds that measuring a case takes at most, and least; torch.compile takes seconds by itself.
+PER_CASE, LEAST = 1.5, 0.3
 # Relative error (of norms) between the arms that says one of them computes something else.
 ERROR = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
@@ -79,13 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     if found:
         # Whatever hangs, in Python or below it, ends here; rows are recorded case by case.
-        faulthandler.dump_traceback_later(HARD_END, exit=True)
-    run = Run(place, Clock(place.device), options.out, ["python", "-m", "bench.gpu", *arguments], options.quick)
+        faulthandler.dump_traceback_later(options.seconds + GRACE, exit=True)
+    run = Run(place, Clock(place.device), options.out, ["python", "-m", "bench.gpu", *arguments])
     if run.clock.dry:
         logging.info("no GPU here: a dry run that builds and calls every case, small, on the CPU; no row is recorded")
     deadline = time.perf_counter()
     for name in options.only:
-        deadline = min(deadline + BUDGETS[name], began + END)
+        deadline = min(deadline + SHARES[name] * options.seconds, began + options.seconds)
         SECTIONS[name](run, deadline)
     faulthandler.cancel_dump_traceback_later()
     sys.stdout.write(run.summary())
@@ -94,19 +95,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description="measure the kernels on a GPU")
-    parser.add_argument("--only", nargs="+", choices=BUDGETS, default=list(BUDGETS), help="sections (default: all)")
+    parser.add_argument("--only", nargs="+", choices=SHARES, default=list(SHARES), help="sections (default: all)")
     parser.add_argument("--out", type=Path, default=records.RESULTS, help="directory of CSV files (bench/results)")
-    parser.add_argument("--quick", action="store_true", help="a third of the time: no torch.compile, fewer rounds")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of the run (440); with less, fewer rounds")
     return parser.parse_args(arguments)
 
 
 class Run:
     """One run: what it measures with, and what it found."""
 
-    def __init__(self, place: Place, clock: Clock, out: Path, command: list[str], quick: bool = False):
+    def __init__(self, place: Place, clock: Clock, out: Path, command: list[str]):
         self.place, self.clock, self.out = place, clock, out
         self.environment = records.environment("random weights", place.device, command)
-        self.quick = quick
         self.ceilings: Ceilings | None = ceilings(clock)
         self.done, self.skipped, self.failed = 0, 0, 0
         if self.ceilings is not None:
@@ -117,7 +117,7 @@ class Run:
         work = list(work)
         for number, (name, piece) in enumerate(work):
             left = deadline - time.perf_counter()
-            if not self.clock.dry and left < PER_CASE:
+            if not self.clock.dry and left < LEAST:
                 self.skipped += len(work) - number
                 logging.info("out of time: %d cases left out, from %s on", len(work) - number, name)
                 return
@@ -192,11 +192,11 @@ def _measure(run: Run, case: Case, share: float) -> list[Figure]:
     compare(*built.pair(), case.dtype)
     arms = dict(built.arms)
     # The plain chain under torch.compile takes seconds to compile, where time is short it is left out.
-    if case.compiled and not run.quick and (run.clock.dry or share > PER_CASE):
+    if case.compiled and (run.clock.dry or share > PER_CASE):
         torch._dynamo.reset()
         compiled = torch.compile(arms["plain"].call, backend="eager" if run.clock.dry else "inductor")
         arms["compiled"] = Arm(compiled, arms["plain"].graph)
-    return run.figures(case, built, run.clock.measure(arms, min(share, QUICK if run.quick else PER_CASE)))
+    return run.figures(case, built, run.clock.measure(arms, min(share, PER_CASE)))
 
 
 def compare(expected: Tensor, got: Tensor, dtype: torch.dtype) -> None:
