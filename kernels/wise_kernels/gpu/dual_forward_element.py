@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .element_tile import PROGRAMS, load_values, load_words, popcount_table
+from .element_tile import PROGRAMS, first_blocks, next_block, popcount_table
 from .launch import AotCase, guard, interpreted
 from .row_sums import finish_norms, sum_splits
 from .tile import EXPECT_OF, TARGETS_OF, Tile, family, kinds_of
@@ -29,9 +29,9 @@ from .tile import EXPECT_OF, TARGETS_OF, Tile, family, kinds_of
 FEW_ROWS, SOME_ROWS = 16, 64
 # (up to FEW_ROWS, up to SOME_ROWS, more)
 TILES = {
-    "wgmma": (Tile(16, 64, 64, 8, 4, 80), Tile(64, 64, 64, 8, 4, 80), Tile(256, 64, 64, 8, 3, 128)),
-    "mma": (Tile(16, 64, 64, 8, 4), Tile(64, 64, 64, 8, 4), Tile(128, 64, 64, 8, 3)),
-    "amd": (Tile(16, 64, 64, 8, 2), Tile(64, 64, 64, 8, 2), Tile(128, 64, 64, 8, 2)),
+    "wgmma": (Tile(16, 128, 64, 8, 4, 128), Tile(64, 128, 64, 8, 4, 128), Tile(256, 128, 64, 8, 3)),
+    "mma": (Tile(16, 128, 64, 8, 4), Tile(64, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3)),
+    "amd": (Tile(16, 128, 64, 8, 2), Tile(64, 128, 64, 8, 2), Tile(128, 128, 64, 8, 2)),
     "fp32": (Tile(16, 64, 16, 4, 3), Tile(64, 64, 16, 4, 3), Tile(64, 64, 16, 4, 3)),
 }
 
@@ -53,35 +53,43 @@ def element_fwd_kernel(
     j = part // splits
     first = part % splits * chunk
     last = min(first + chunk, F)
-    o_o, o_n, o_k = tile_o * BO + tl.arange(0, BO), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
-    o_oct, m_row = tl.arange(0, BK // 8)[None, :], (o_o < O)[:, None]
+    o_n, o_k = tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
+    HALF: tl.constexpr = BO // 2
+    o_oct = tl.arange(0, BK // 8)[None, :]
     # Offsets inside a tile fit 32 bits, and take half of the registers; its first row is reached by 64.
-    row, first_row = tl.arange(0, BO)[:, None], j.to(tl.int64) * O + tile_o * BO
-    p_bits += first_row * W
-    p_table += first_row * blocks
-    p_values += tl.load(p_bounds + j)
+    first_row, last_row = j.to(tl.int64) * O + tile_o * BO, O - 1 - tile_o * BO
+    memory = (p_bits + first_row * W, p_table + first_row * blocks, p_values, tl.load(p_bounds + j))
+    row0 = tl.minimum(tl.arange(0, HALF), last_row)[:, None]
+    row1 = tl.minimum(HALF + tl.arange(0, HALF), last_row)[:, None]
     p_a += (tile_n * BN).to(tl.int64) * s_an
     o_a = tl.minimum(tl.arange(0, BN), N - 1 - tile_n * BN)[:, None] * s_an + o_k[None, :]
-    b_acc = tl.zeros([BN, BO], dtype=tl.float32)
-    b_bits, b_place = load_words(p_bits, p_table, row, m_row, first, o_oct, W, blocks, BK)
-    b_d = load_values(p_values, b_bits, b_place, BO, BK)
-    b_bits, b_place = load_words(p_bits, p_table, row, m_row, first + BK, o_oct, W, blocks, BK)
+    b_acc0, b_acc1 = tl.zeros([HALF, BN], dtype=tl.float32), tl.zeros([HALF, BN], dtype=tl.float32)
+    ahead0 = first_blocks(memory, row0, first, o_oct, W, blocks, BK)
+    ahead1 = first_blocks(memory, row1, first, o_oct, W, blocks, BK)
     for k in range(first, last, BK):
-        b_a = tl.load(p_a + (o_a + k), mask=(k + o_k < F)[None, :], other=0.0)
-        b_next = load_values(p_values, b_bits, b_place, BO, BK)
-        b_bits, b_place = load_words(p_bits, p_table, row, m_row, k + 2 * BK, o_oct, W, blocks, BK)
+        b_a = tl.load(p_a + k + o_a, mask=(k + o_k < F)[None, :], other=0.0)
         if UPCAST:
-            b_a, b_d = b_a.to(tl.float32), b_d.to(tl.float32)
-        b_acc = tl.dot(b_a, tl.trans(b_d), b_acc, input_precision="ieee")
-        b_d = b_next
-    m_out = (o_n < N)[:, None] & (o_o < O)[None, :]
-    o_out = o_n.to(tl.int64)[:, None] * O + o_o[None, :]
+            b_a = b_a.to(tl.float32)
+        # Two sums: while the matrix units are at one, the other's block is expanded.
+        b_d, ahead0 = next_block(memory, ahead0, row0, k, o_oct, W, blocks, UPCAST, HALF, BK)
+        b_acc0 = tl.dot(b_d, tl.trans(b_a), b_acc0, input_precision="ieee")
+        b_d, ahead1 = next_block(memory, ahead1, row1, k, o_oct, W, blocks, UPCAST, HALF, BK)
+        b_acc1 = tl.dot(b_d, tl.trans(b_a), b_acc1, input_precision="ieee")
+    m_n, o_out = (o_n < N)[None, :], o_n.to(tl.int64)[None, :] * O
+    o_o = tile_o * BO + tl.arange(0, HALF)[:, None]
     if SPLIT:
-        tl.store(p_parts + part.to(tl.int64) * N * O + o_out, b_acc, mask=m_out)
+        p_parts += part.to(tl.int64) * N * O
+        tl.store(p_parts + (o_out + o_o), b_acc0, mask=m_n & (o_o < O))
+        tl.store(p_parts + (o_out + o_o + HALF), b_acc1, mask=m_n & (o_o + HALF < O))
     else:
-        tl.store(p_squares + (j * tiles_o + tile_o).to(tl.int64) * N + o_n, tl.sum(b_acc * b_acc, 1), mask=o_n < N)
         if RESPONSE:
-            tl.store(p_side + j.to(tl.int64) * N * O + o_out, b_acc.to(p_side.dtype.element_ty), mask=m_out)
+            p_side += j.to(tl.int64) * N * O
+            tl.store(p_side + (o_out + o_o), b_acc0.to(p_side.dtype.element_ty), mask=m_n & (o_o < O))
+            tl.store(p_side + (o_out + o_o + HALF), b_acc1.to(p_side.dtype.element_ty), mask=m_n & (o_o + HALF < O))
+        # Rows past the last output repeat it.
+        b_acc0, b_acc1 = tl.where(o_o < O, b_acc0, 0.0), tl.where(o_o + HALF < O, b_acc1, 0.0)
+        b_squares = tl.sum(b_acc0 * b_acc0, 0) + tl.sum(b_acc1 * b_acc1, 0)
+        tl.store(p_squares + (j * tiles_o + tile_o).to(tl.int64) * N + o_n, b_squares, mask=o_n < N)
 
 
 def element_forward(

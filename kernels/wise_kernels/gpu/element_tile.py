@@ -45,18 +45,57 @@ def popcount_fwd_kernel(p_bits, p_table, p_totals, W, blocks, WORDS: tl.constexp
 
 
 @triton.jit
-def load_words(p_bits, p_table, row, m_row, k, o_oct, W, blocks, BK: tl.constexpr):
-    """For weights k + 8 o_oct + {0..7} of every row: their bits, lowest first, and the place of the first."""
+def load_words(p_bits, p_table, row, k, o_oct, W, blocks, BK: tl.constexpr):
+    """For weights k + 8 o_oct + {0..7} of every row: their word, the one before it where a block of 64 begins with that,
+    and the set bits before the block. As loaded, so that nothing waits for them before the next step."""
     o_word = k // 32 + o_oct // 4
-    second = o_oct >= 4 if BK == 64 else o_word % 2 == 1
-    shift = ((o_oct * 8) % 32 if BK >= 32 else k % 32 + o_oct * 8).to(tl.uint32)
+    second = o_oct % 8 >= 4 if BK % 64 == 0 else o_word % 2 == 1
+    o_block = k // 64 + (o_oct // 8 if BK % 64 == 0 else 0)
     # Sums in brackets stay 32-bit: pointers that the compiler keeps from step to step take two registers each.
-    p_word, m_word = p_bits + (row * W + o_word), m_row & (o_word < W)
+    p_word, m_word = p_bits + (row * W + o_word), o_word < W
     b_word = tl.load(p_word, mask=m_word, other=0).to(tl.uint32, bitcast=True)
     b_first = tl.load(p_word - 1, mask=m_word & second, other=0).to(tl.uint32, bitcast=True)
-    b_place = tl.load(p_table + (row * blocks + k // 64), mask=m_word, other=0)
+    b_before = tl.load(p_table + (row * blocks + o_block), mask=m_word, other=0)
+    return b_word, b_first, b_before
+
+
+@triton.jit
+def load_values(p_values, base, b_words, k, o_oct, BK: tl.constexpr):
+    """The octets at k and their values, for `expand`; the memory's values begin at p_values[base].
+
+    A 16-bit value may lie at an odd place, so up to five aligned pairs of them are loaded an octet: as many as it needs,
+    beginning with the value *before* its first unless its lowest bit is set.
+    """
+    b_word, b_first, b_before = b_words
+    shift = ((o_oct * 8) % 32 if BK >= 32 else k % 32 + o_oct * 8).to(tl.uint32)
     below = (tl.full([1, 1], 1, tl.uint32) << shift) - 1
-    return b_word >> shift, b_place + popcount(b_first) + popcount(b_word & below)
+    b_place = b_before + popcount(b_first) + popcount(b_word & below)
+    b_bits = (b_word >> shift) & 255
+    p_values += base
+    if p_values.dtype.element_ty.primitive_bitwidth == 32:
+        b_v0, b_rest, b_place = _next(p_values, b_bits, b_place)
+        b_v1, b_rest, b_place = _next(p_values, b_rest, b_place)
+        b_v2, b_rest, b_place = _next(p_values, b_rest, b_place)
+        b_v3, b_rest, b_place = _next(p_values, b_rest, b_place)
+        b_v4, b_rest, b_place = _next(p_values, b_rest, b_place)
+        b_v5, b_rest, b_place = _next(p_values, b_rest, b_place)
+        b_v6, b_rest, b_place = _next(p_values, b_rest, b_place)
+        b_v7, b_rest, b_place = _next(p_values, b_rest, b_place)
+        return b_v0, b_v1, b_v2, b_v3, b_v4, b_v5, b_v6, b_v7
+    else:
+        b_skip = 1 - (b_bits & 1).to(tl.int32)
+        b_place += (base & 1).to(tl.int32) - b_skip
+        b_odd = b_place & 1
+        b_count = b_odd + b_skip + popcount(b_word << (24 - shift))
+        p_pair = (p_values - (base & 1)).to(tl.pointer_type(tl.uint32), bitcast=True) + (b_place >> 1)
+        # What is not loaded is not wanted either, whatever it is. The pair before the array is not read.
+        m_some = b_bits != 0
+        b_w0 = tl.load(p_pair, mask=m_some & (b_odd + b_skip < 2))
+        b_w1 = tl.load(p_pair + 1, mask=m_some & (b_count > 2))
+        b_w2 = tl.load(p_pair + 2, mask=b_count > 4)
+        b_w3 = tl.load(p_pair + 3, mask=b_count > 6)
+        b_w4 = tl.load(p_pair + 4, mask=b_count > 8)
+        return b_bits, b_odd, b_w0, b_w1, b_w2, b_w3, b_w4
 
 
 @triton.jit
@@ -67,19 +106,71 @@ def _next(p_values, b_bits, b_place):
 
 
 @triton.jit
-def load_values(p_values, b_bits, b_place, BO: tl.constexpr, BK: tl.constexpr):
-    """D's block [BO, BK] from the bits and places [BO, BK / 8] of its octets."""
-    b_v0, b_bits, b_place = _next(p_values, b_bits, b_place)
-    b_v1, b_bits, b_place = _next(p_values, b_bits, b_place)
-    b_v2, b_bits, b_place = _next(p_values, b_bits, b_place)
-    b_v3, b_bits, b_place = _next(p_values, b_bits, b_place)
-    b_v4, b_bits, b_place = _next(p_values, b_bits, b_place)
-    b_v5, b_bits, b_place = _next(p_values, b_bits, b_place)
-    b_v6, b_bits, b_place = _next(p_values, b_bits, b_place)
-    b_v7, b_bits, b_place = _next(p_values, b_bits, b_place)
-    b_even = tl.join(tl.join(b_v0, b_v4), tl.join(b_v2, b_v6))
-    b_odd = tl.join(tl.join(b_v1, b_v5), tl.join(b_v3, b_v7))
-    return tl.reshape(tl.join(b_even, b_odd), [BO, BK])
+def _shifted(b_low, b_high, shift):
+    """Bits shift .. shift + 31 of the 64, for shifts up to 32: one instruction."""
+    return (((b_high.to(tl.uint64) << 32) | b_low) >> shift).to(tl.uint32)
+
+
+@triton.jit
+def _pair(b_values, b_bits):
+    """Of the values of two weights, those whose bit (0, 16) is set."""
+    return b_values & ((b_bits & 0x10001) * 0xFFFF)
+
+
+@triton.jit
+def expand(b_octets, dtype: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr):
+    """D's block [BO, BK] from the octets [BO, BK / 8] of `load_values`.
+
+    The window of values is moved from weights 2 p, 2 p + 1 to the next two by as many as there are bits at 2 p + 1 and
+    2 p + 2: so the value of 2 p, if its bit is set, is the lowest, and that of 2 p + 1 the next one in either case.
+    """
+    if dtype.primitive_bitwidth == 32:
+        b_v0, b_v1, b_v2, b_v3, b_v4, b_v5, b_v6, b_v7 = b_octets
+        b_even = tl.join(tl.join(b_v0, b_v4), tl.join(b_v2, b_v6))
+        b_odd = tl.join(tl.join(b_v1, b_v5), tl.join(b_v3, b_v7))
+        return tl.reshape(tl.join(b_even, b_odd), [BO, BK])
+    else:
+        b_bits, b_odd, b_w0, b_w1, b_w2, b_w3, b_w4 = b_octets
+        # Bits 0, 2, 4, 6 as they are, and 1, 3, 5, 7 at 16, 18, 20, 22.
+        b_apart = b_bits * 0x8001
+        # Twice four bits that move the window, in 2-bit sums; a value is 16 bits.
+        b_moves = (b_bits >> 1) - ((b_bits >> 2) & 0x55)
+        shift = b_odd.to(tl.uint32) << 4
+        b_w0, b_w1 = _shifted(b_w0, b_w1, shift), _shifted(b_w1, b_w2, shift)
+        b_w2, b_w3 = _shifted(b_w2, b_w3, shift), _shifted(b_w3, b_w4, shift)
+        b_p0 = _pair(b_w0, b_apart)
+        shift = (b_moves << 4) & 0x30
+        b_w0, b_w1, b_w2 = _shifted(b_w0, b_w1, shift), _shifted(b_w1, b_w2, shift), _shifted(b_w2, b_w3, shift)
+        b_p1 = _pair(b_w0, b_apart >> 2)
+        shift = (b_moves << 2) & 0x30
+        b_w0, b_w1 = _shifted(b_w0, b_w1, shift), _shifted(b_w1, b_w2, shift)
+        b_p2 = _pair(b_w0, b_apart >> 4)
+        b_p3 = _pair(_shifted(b_w0, b_w1, b_moves & 0x30), b_apart >> 6)
+        b_pairs = tl.reshape(tl.join(tl.join(b_p0, b_p2), tl.join(b_p1, b_p3)), [BO, BK // 2])
+        b_low = b_pairs.to(tl.uint16).to(dtype, bitcast=True)
+        b_high = (b_pairs >> 16).to(tl.uint16).to(dtype, bitcast=True)
+        return tl.reshape(tl.join(b_low, b_high), [BO, BK])
+
+
+@triton.jit
+def first_blocks(memory, row, k, o_oct, W, blocks, BK: tl.constexpr):
+    """What `next_block` starts with: the octets at k and the words of the step after it. `memory`: pointers to bits,
+    table and values and where in the last the memory begins."""
+    p_bits, p_table, p_values, base = memory
+    b_words = load_words(p_bits, p_table, row, k, o_oct, W, blocks, BK)
+    b_octets = load_values(p_values, base, b_words, k, o_oct, BK)
+    return load_words(p_bits, p_table, row, k + BK, o_oct, W, blocks, BK), b_octets
+
+
+@triton.jit
+def next_block(memory, ahead, row, k, o_oct, W, blocks, UPCAST: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr):
+    """D's block [BO, BK] at k, and what is loaded ahead: the octets one step and the words two steps on."""
+    p_bits, p_table, p_values, base = memory
+    b_words, b_octets = ahead
+    b_d = expand(b_octets, p_values.dtype.element_ty, BO, BK)
+    b_octets = load_values(p_values, base, b_words, k + BK, o_oct, BK)
+    b_words = load_words(p_bits, p_table, row, k + 2 * BK, o_oct, W, blocks, BK)
+    return b_d.to(tl.float32) if UPCAST else b_d, (b_words, b_octets)
 
 
 def popcount_table(bits: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .element_tile import PROGRAMS, load_values, load_words, popcount_table
+from .element_tile import PROGRAMS, first_blocks, next_block, popcount_table
 from .gated_add import add_rows
 from .gated_rows import ordered, rows_of
 from .launch import SIZES, AotCase, guard, interpreted
@@ -24,9 +24,9 @@ from .tile import EXPECT_OF, TARGETS_OF, Tile, family, kinds_of
 FEW_ROWS, SOME_ROWS = 16, 64
 # (up to FEW_ROWS, up to SOME_ROWS, more)
 TILES = {
-    "wgmma": (Tile(16, 64, 64, 8, 4, 128), Tile(64, 64, 64, 8, 3), Tile(256, 64, 64, 8, 3)),
-    "mma": (Tile(16, 64, 64, 8, 4), Tile(64, 64, 64, 8, 3), Tile(128, 64, 64, 8, 3)),
-    "amd": (Tile(16, 64, 64, 8, 2), Tile(64, 64, 64, 8, 2), Tile(128, 64, 64, 8, 2)),
+    "wgmma": (Tile(16, 128, 64, 8, 4, 128), Tile(64, 128, 64, 8, 3), Tile(256, 128, 64, 8, 3)),
+    "mma": (Tile(16, 128, 64, 8, 4), Tile(64, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
+    "amd": (Tile(16, 128, 64, 8, 2), Tile(64, 128, 64, 8, 2), Tile(128, 128, 64, 8, 2)),
     "fp32": (Tile(16, 64, 16, 4, 3), Tile(32, 32, 16, 4, 3), Tile(32, 32, 16, 4, 3)),
 }
 SUM_O = 256
@@ -42,39 +42,44 @@ def element_fwd_kernel(
     """BO outputs of BN positions over a chunk of the columns; added to y, or if SPLIT kept in parts [splits, N, O]."""
     o_p = tl.program_id(1) * BN + tl.arange(0, BN)
     split = tl.program_id(2)
-    b_n, b_j = rows_of(p_choice, p_order, o_p, rows, tokens, memories, ORDER)
+    _, b_left = rows_of(p_choice, p_order, o_p, rows, tokens, memories, ORDER)
+    HALF: tl.constexpr = BO // 2
     first = tl.program_id(0) * BO
-    o_o, row = first + tl.arange(0, BO), tl.arange(0, BO)[:, None]
-    m_o, o_k, o_oct = o_o < outputs, tl.arange(0, BK), tl.arange(0, BK // 8)[None, :]
-    m_n, m_row = (o_p < rows)[:, None], m_o[:, None]
+    o_o, o_k, o_oct = first + tl.arange(0, HALF), tl.arange(0, BK), tl.arange(0, BK // 8)[None, :]
+    # Rows past the last output repeat it.
+    row0 = tl.minimum(tl.arange(0, HALF), outputs - 1 - first)[:, None]
+    row1 = tl.minimum(HALF + tl.arange(0, HALF), outputs - 1 - first)[:, None]
     start, end = split * chunk, min((split + 1) * chunk, width)
-    p_row = p_a + b_n * s_an
-    b_left = b_j
     j = tl.max(b_left, 0)
     while j >= 0:
-        first_row = j.to(tl.int64) * outputs
-        p_word, p_place = p_bits + (first_row + first) * words, p_table + (first_row + first) * blocks
-        p_memory = p_values + tl.load(p_bounds + j)
-        b_acc = tl.zeros([BN, BO], tl.float32)
-        b_bits, b_place = load_words(p_word, p_place, row, m_row, start, o_oct, words, blocks, BK)
-        b_d = load_values(p_memory, b_bits, b_place, BO, BK)
-        b_bits, b_place = load_words(p_word, p_place, row, m_row, start + BK, o_oct, words, blocks, BK)
+        # Read again for every memory, which is cheaper than to keep what follows from it in registers meanwhile.
+        b_n, b_j = rows_of(p_choice, p_order, o_p, rows, tokens, memories, ORDER)
+        o_row = (tl.minimum(b_n, rows - 1) * s_an).to(tl.int32)
+        first_row = j.to(tl.int64) * outputs + first
+        memory = (p_bits + first_row * words, p_table + first_row * blocks, p_values, tl.load(p_bounds + j))
+        b_acc0, b_acc1 = tl.zeros([HALF, BN], tl.float32), tl.zeros([HALF, BN], tl.float32)
+        ahead0 = first_blocks(memory, row0, start, o_oct, words, blocks, BK)
+        ahead1 = first_blocks(memory, row1, start, o_oct, words, blocks, BK)
         for k in range(start, end, BK):
-            p_tile = (p_row + tl.cast(k, tl.int64) * s_af)[:, None] + (o_k * s_af)[None, :]
-            b_a = tl.load(p_tile, mask=m_n & (k + o_k < width)[None, :], other=0.0)
-            # A step ahead of its product, as in `dual_forward_element`.
-            b_next = load_values(p_memory, b_bits, b_place, BO, BK)
-            b_bits, b_place = load_words(p_word, p_place, row, m_row, k + 2 * BK, o_oct, words, blocks, BK)
+            p_tile = p_a + tl.cast(k, tl.int64) * s_af + (o_row[:, None] + (o_k * s_af)[None, :])
+            b_a = tl.load(p_tile, mask=(k + o_k < width)[None, :], other=0.0)
             if UPCAST:
-                b_a, b_d = b_a.to(tl.float32), b_d.to(tl.float32)
-            b_acc = tl.dot(b_a, tl.trans(b_d), b_acc, input_precision="ieee")
-            b_d = b_next
+                b_a = b_a.to(tl.float32)
+            # Two sums, as in `dual_forward_element`.
+            b_d, ahead0 = next_block(memory, ahead0, row0, k, o_oct, words, blocks, UPCAST, HALF, BK)
+            b_acc0 = tl.dot(b_d, tl.trans(b_a), b_acc0, input_precision="ieee")
+            b_d, ahead1 = next_block(memory, ahead1, row1, k, o_oct, words, blocks, UPCAST, HALF, BK)
+            b_acc1 = tl.dot(b_d, tl.trans(b_a), b_acc1, input_precision="ieee")
+        b_n, b_j = rows_of(p_choice, p_order, o_p, rows, tokens, memories, ORDER)
         b_mine = b_j == j
         if SPLIT:
-            p_tile = p_parts + (split.to(tl.int64) * rows + b_n)[:, None] * outputs + o_o[None, :]
-            tl.store(p_tile, b_acc, mask=b_mine[:, None] & m_o[None, :])
+            p_tile = p_parts + ((split.to(tl.int64) * rows + b_n)[None, :] * outputs + o_o[:, None])
+            tl.store(p_tile, b_acc0, mask=b_mine[None, :] & (o_o < outputs)[:, None])
+            tl.store(p_tile + HALF, b_acc1, mask=b_mine[None, :] & (o_o + HALF < outputs)[:, None])
         else:
-            add_rows(p_y, b_acc, b_n, o_o.to(tl.int64), b_mine, m_o, s_yn, s_yo)
+            o_out = o_o.to(tl.int64)
+            add_rows(p_y, tl.trans(b_acc0), b_n, o_out, b_mine, o_o < outputs, s_yn, s_yo)
+            add_rows(p_y, tl.trans(b_acc1), b_n, o_out + HALF, b_mine, o_o + HALF < outputs, s_yn, s_yo)
         b_left = tl.where(b_mine, -1, b_left)
         j = tl.max(b_left, 0)
 
