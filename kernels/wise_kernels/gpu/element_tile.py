@@ -2,9 +2,10 @@
 its packed values, in registers, and the table that says where the values of a tile begin.
 
 Value v of a memory belongs to its v-th set bit, so a weight's place is the number of set bits before it. `popcounts
-[J, O, ceil(F/64)]` holds that number for the first weight of every block of 64; within a block it is a population count
-of at most two words. A thread expands eight neighbouring weights: one count, then eight predicated loads, which for the
-threads of a warp fall on the same few sectors. Bound by issue slots: 15 instructions of a warp for 32 weights.
+[J, O, ceil(F/64)]` holds that number for the first weight of every block of 64; a block's first word counts on from
+there, its second one back from the next block's. A thread expands octets of neighbouring weights: it loads a word, a
+count, then the aligned pairs of values that hold the octet's (two or three of up to five at density 0.2), and deals
+them out by shifts. Bound by the integer units: about 70 of some 115 instructions of a warp for 32 octets (sm_90 code).
 """
 
 import torch
@@ -12,10 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dual_tiles import SMS
 from .launch import AotCase, guard
+from .tile import Tile
 
-# Programs that keep a large device issuing, where a sum is split to have that many.
-PROGRAMS = 512
+# 32-bit registers of an SM.
+REGISTERS = 65536
 POPCOUNT_WORDS, POPCOUNT_WARPS = 512, 4
 
 
@@ -45,31 +48,55 @@ def popcount_fwd_kernel(p_bits, p_table, p_totals, W, blocks, WORDS: tl.constexp
 
 
 @triton.jit
-def load_words(p_bits, p_table, row, k, o_oct, W, blocks, BK: tl.constexpr):
-    """For weights k + 8 o_oct + {0..7} of every row: their word, the one before it where a block of 64 begins with that,
-    and the set bits before the block. As loaded, so that nothing waits for them before the next step."""
-    o_word = k // 32 + o_oct // 4
-    second = o_oct % 8 >= 4 if BK % 64 == 0 else o_word % 2 == 1
-    o_block = k // 64 + (o_oct // 8 if BK % 64 == 0 else 0)
-    # Sums in brackets stay 32-bit: pointers that the compiler keeps from step to step take two registers each.
-    p_word, m_word = p_bits + (row * W + o_word), o_word < W
-    b_word = tl.load(p_word, mask=m_word, other=0).to(tl.uint32, bitcast=True)
-    b_first = tl.load(p_word - 1, mask=m_word & second, other=0).to(tl.uint32, bitcast=True)
-    b_before = tl.load(p_table + (row * blocks + o_block), mask=m_word, other=0)
-    return b_word, b_first, b_before
+def memory_of(p_values, p_bits, p_table, p_bounds, j, first, O, W, blocks):
+    """Memory j as `next_block` reads it: pointers to bits and table at its row `first`; entries of the table from there
+    to its end; the values, where the memory's begin, and how many they are."""
+    row, base = j.to(tl.int64) * O + first, tl.load(p_bounds + j)
+    count = (tl.load(p_bounds + j + 1) - base).to(tl.int32)
+    return p_bits + row * W, p_table + row * blocks, (O - first) * blocks, p_values, base, count
 
 
 @triton.jit
-def load_values(p_values, base, b_words, k, o_oct, BK: tl.constexpr):
-    """The octets at k and their values, for `expand`; the memory's values begin at p_values[base].
+def octets_of(BO: tl.constexpr, BK: tl.constexpr):
+    """Row and place in it of the octets of a block [BO, BK], in one dimension: so lanes run along a row whatever order
+    a compiler gives the dimensions of two. Down the rows, every lane of a load would read another line."""
+    o_octet = tl.arange(0, BO * BK // 8)
+    return o_octet // (BK // 8), o_octet % (BK // 8)
 
-    A 16-bit value may lie at an odd place, so up to five aligned pairs of them are loaded an octet: as many as it needs,
-    beginning with the value *before* its first unless its lowest bit is set.
+
+@triton.jit
+def _second(k, o_oct, BK: tl.constexpr):
+    """Whether an octet at k lies in the second word of its block of 64."""
+    return o_oct % 8 >= 4 if BK % 64 == 0 else (k // 32 + o_oct // 4) % 2 == 1
+
+
+@triton.jit
+def load_words(memory, row, k, o_oct, W, blocks, BK: tl.constexpr):
+    """For weights k + 8 o_oct + {0..7} of every row: their word and the set bits before its block of 64 or, for the
+    second word of a block, before the next block. As loaded: nothing waits for them before the next step."""
+    p_bits, p_table, entries, _, _, count = memory
+    o_word = k // 32 + o_oct // 4
+    o_block = k // 64 + (o_oct // 8 if BK % 64 == 0 else 0) + _second(k, o_oct, BK).to(tl.int32)
+    # Sums in brackets stay 32-bit: pointers that the compiler keeps from step to step take two registers each.
+    b_word = tl.load(p_bits + (row * W + o_word), mask=o_word < W, other=0).to(tl.uint32, bitcast=True)
+    o_block += row * blocks
+    return b_word, tl.load(p_table + o_block, mask=o_block < entries, other=count)
+
+
+@triton.jit
+def load_values(memory, b_words, k, o_oct, BK: tl.constexpr):
+    """The octets at k and their values, for `expand`.
+
+    A 16-bit value may lie at an odd place, so up to five aligned pairs of them are loaded an octet: as many as it
+    needs, beginning with the value *before* its first unless its lowest bit is set.
     """
-    b_word, b_first, b_before = b_words
+    _, _, _, p_values, base, _ = memory
+    b_word, b_count = b_words
     shift = ((o_oct * 8) % 32 if BK >= 32 else k % 32 + o_oct * 8).to(tl.uint32)
-    below = (tl.full([1, 1], 1, tl.uint32) << shift) - 1
-    b_place = b_before + popcount(b_first) + popcount(b_word & below)
+    below, second = (tl.full([1], 1, tl.uint32) << shift) - 1, _second(k, o_oct, BK)
+    # Bits of the first word before the octet are added, those of the second from the octet on taken away.
+    b_between = popcount(b_word & tl.where(second, below ^ 0xFFFFFFFF, below))
+    b_place = b_count + b_between * tl.where(second, -1, 1)
     b_bits = (b_word >> shift) & 255
     p_values += base
     if p_values.dtype.element_ty.primitive_bitwidth == 32:
@@ -86,15 +113,14 @@ def load_values(p_values, base, b_words, k, o_oct, BK: tl.constexpr):
         b_skip = 1 - (b_bits & 1).to(tl.int32)
         b_place += (base & 1).to(tl.int32) - b_skip
         b_odd = b_place & 1
-        b_count = b_odd + b_skip + popcount(b_word << (24 - shift))
+        b_end = b_odd + b_skip + popcount(b_word << (24 - shift))
         p_pair = (p_values - (base & 1)).to(tl.pointer_type(tl.uint32), bitcast=True) + (b_place >> 1)
         # What is not loaded is not wanted either, whatever it is. The pair before the array is not read.
-        m_some = b_bits != 0
-        b_w0 = tl.load(p_pair, mask=m_some & (b_odd + b_skip < 2))
-        b_w1 = tl.load(p_pair + 1, mask=m_some & (b_count > 2))
-        b_w2 = tl.load(p_pair + 2, mask=b_count > 4)
-        b_w3 = tl.load(p_pair + 3, mask=b_count > 6)
-        b_w4 = tl.load(p_pair + 4, mask=b_count > 8)
+        b_w0 = tl.load(p_pair, mask=(b_bits != 0) & (b_odd + b_skip < 2))
+        b_w1 = tl.load(p_pair + 1, mask=b_end > 2)
+        b_w2 = tl.load(p_pair + 2, mask=b_end > 4)
+        b_w3 = tl.load(p_pair + 3, mask=b_end > 6)
+        b_w4 = tl.load(p_pair + 4, mask=b_end > 8)
         return b_bits, b_odd, b_w0, b_w1, b_w2, b_w3, b_w4
 
 
@@ -153,24 +179,37 @@ def expand(b_octets, dtype: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def first_blocks(memory, row, k, o_oct, W, blocks, BK: tl.constexpr):
-    """What `next_block` starts with: the octets at k and the words of the step after it. `memory`: pointers to bits,
-    table and values and where in the last the memory begins."""
-    p_bits, p_table, p_values, base = memory
-    b_words = load_words(p_bits, p_table, row, k, o_oct, W, blocks, BK)
-    b_octets = load_values(p_values, base, b_words, k, o_oct, BK)
-    return load_words(p_bits, p_table, row, k + BK, o_oct, W, blocks, BK), b_octets
+def before_first(memory, row, k, o_oct, W, blocks, BO: tl.constexpr, BK: tl.constexpr):
+    """What `next_block` starts with one step before k: the words at k, and octets without a bit."""
+    b_none = tl.zeros([BO * BK // 8], tl.uint32)
+    b_words = load_words(memory, row, k, o_oct, W, blocks, BK)
+    if memory[3].dtype.element_ty.primitive_bitwidth == 32:
+        b_none = b_none.to(tl.float32)
+        return b_words, (b_none, b_none, b_none, b_none, b_none, b_none, b_none, b_none)
+    else:
+        return b_words, (b_none, b_none.to(tl.int32), b_none, b_none, b_none, b_none, b_none)
 
 
 @triton.jit
 def next_block(memory, ahead, row, k, o_oct, W, blocks, UPCAST: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr):
     """D's block [BO, BK] at k, and what is loaded ahead: the octets one step and the words two steps on."""
-    p_bits, p_table, p_values, base = memory
     b_words, b_octets = ahead
-    b_d = expand(b_octets, p_values.dtype.element_ty, BO, BK)
-    b_octets = load_values(p_values, base, b_words, k + BK, o_oct, BK)
-    b_words = load_words(p_bits, p_table, row, k + 2 * BK, o_oct, W, blocks, BK)
+    b_d = expand(b_octets, memory[3].dtype.element_ty, BO, BK)
+    b_octets = load_values(memory, b_words, k + BK, o_oct, BK)
+    b_words = load_words(memory, row, k + 2 * BK, o_oct, W, blocks, BK)
     return b_d.to(tl.float32) if UPCAST else b_d, (b_words, b_octets)
+
+
+def splits_of(tile: Tile, programs: int, width: int) -> int:
+    """How many of `programs` times that many share a sum over `width`, so that a large device is full once."""
+    room = SMS * (REGISTERS // (32 * tile.warps * (tile.registers or 255)))
+    return max(1, min(room // programs, width // (4 * tile.depth)))
+
+
+def pairs_of(values: Tensor) -> Tensor:
+    """The values where 32-bit loads can begin at the first."""
+    values = values.contiguous()
+    return values if values.data_ptr() % 4 == 0 else values.clone()
 
 
 def popcount_table(bits: Tensor) -> Tensor:
