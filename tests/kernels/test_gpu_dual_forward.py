@@ -12,7 +12,7 @@ from tolerances import DTYPES, assert_fp32, assert_within
 pytest.importorskip("triton")
 
 import wise_kernels  # noqa: E402
-from wise_kernels import popcount_table, reference  # noqa: E402
+from wise_kernels import pack_bits, popcount_table, reference  # noqa: E402
 from wise_kernels.bits import unpack_dense  # noqa: E402
 from wise_kernels.gpu import dual_forward_element as element  # noqa: E402
 from wise_kernels.gpu import dual_tiles, element_tile  # noqa: E402
@@ -104,6 +104,47 @@ def test_largest_and_smallest_tile_over_several_tiles(device, monkeypatch, sms, 
 def test_element_over_several_tiles_words_and_splits(device, rows):
     bank = element_bank((0.2, 0.9), width=200, outputs=67, dtype=torch.float16)
     check_element(device, normal(rows, 200, dtype=torch.float16), bank)
+
+
+@pytest.mark.parametrize("rows", [5, 70])
+def test_element_over_splits_of_a_long_sum(device, rows):
+    bank = element_bank((0.2, 0.7), width=600, outputs=33, dtype=torch.float16)
+    check_element(device, normal(rows, 600, dtype=torch.float16), bank)
+
+
+def edges(width, outputs):
+    """Masks whose memories begin at odd places and end in a block's second word: one bit, all, none, last weights."""
+    masks = torch.zeros(4, outputs, width, dtype=torch.bool)
+    masks[0, -1, -1] = masks[3, :, -1] = masks[3, -1, 31:34] = True
+    masks[1] = True
+    return masks
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width,outputs,shift", [(63, 3, 0), (64, 5, 1), (129, 3, 1), (1, 1, 0)])
+def test_element_memories_begin_and_end_anywhere(device, width, outputs, shift, dtype):
+    masks = edges(width, outputs)
+    bounds = bounds_of(int(mask.sum()) for mask in masks)
+    # Not a number before and after the values: nothing of it may show.
+    padded = torch.full((int(bounds[-1]) + shift + 8,), torch.nan).to(dtype).to(device)
+    values = padded[shift : shift + int(bounds[-1])]
+    values.copy_(normal(len(values), seed=1, dtype=dtype))
+    a, bits = normal(3, width, dtype=dtype), pack_bits(masks)
+    side, norms = element.element_forward(*on(device, a, values, bits, bounds))
+    dense = torch.stack([unpack_dense(v, b, width) for v, b in zip(values.cpu().split(bounds.diff().tolist()), bits)])
+    _, side_ref, norms_ref = reference.dual_forward(a, dense[0], None, dense.float())
+    check_side(a, dense.float(), side.cpu(), norms.cpu(), side_ref, norms_ref, True)
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 2**40), st.integers(0, 3), st.sampled_from([torch.bfloat16, torch.float16]))
+def test_element_any_octets(device, pattern, odd, dtype):
+    mask = torch.tensor([pattern >> i & 1 for i in range(40)], dtype=torch.bool)[None]
+    values = normal(odd + int(mask.sum()), dtype=dtype)
+    before = torch.arange(40) < odd
+    bank = values, pack_bits(torch.stack([before[None], mask])), bounds_of((odd, int(mask.sum())))
+    found, _ = element.element_forward(*on(device, torch.eye(40, dtype=dtype), *bank))
+    assert torch.equal(found[1, :, 0].cpu(), unpack_dense(values[odd:], bank[1][1], 40)[0])
 
 
 @pytest.mark.parametrize("rows", [3, 18])

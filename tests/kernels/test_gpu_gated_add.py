@@ -140,6 +140,27 @@ def test_element_layout_with_rows_of_many_words(poisoned, tokens):
     assert torch.equal(counted, got)
 
 
+@pytest.mark.parametrize("choice,tokens", [([0, -1, 1], 30), ([1], 90)])
+def test_element_rows_past_32_bit_offsets_are_taken_in_parts(poisoned, monkeypatch, choice, tokens):
+    whole = normal(len(choice) * tokens, 7, seed=3).to(DEVICE)
+    parts, choice = whole.clone(), torch.tensor(choice, device=DEVICE)
+    bank = [t.to(DEVICE) for t in (normal(len(whole), WIDTH), *element_bank((0.4, 0.7)))]
+    element.gated_add_element(whole, *bank, choice)
+    monkeypatch.setattr(element, "LARGEST", 40 * WIDTH)
+    element.gated_add_element(parts, *bank, choice)
+    assert_within(parts.cpu(), whole.cpu(), whole.cpu(), torch.float32)
+
+
+@pytest.mark.parametrize("tokens", [2, 70])
+def test_element_layout_over_splits_of_a_long_sum(poisoned, tokens):
+    bank, a = element_bank((0.2, 0.6), width=600, outputs=50), normal(2 * tokens, 600)
+    y, choice = torch.zeros(2 * tokens, 50), torch.tensor([1, 0])
+    got = y.to(DEVICE, copy=True)
+    element.gated_add_element(got, *(t.to(DEVICE) for t in (a, *bank, choice)))
+    expected = reference.gated_add(y, a, reference.dense_element(*bank, 600), choice)
+    assert_within(got.cpu(), expected, expected, torch.float32)
+
+
 @pytest.mark.parametrize("tokens", [4, 40])
 def test_a_choice_outside_of_the_bank_adds_nothing(tokens):
     values, columns, bounds = (t.to(DEVICE) for t in neuron_bank((5, 6)))

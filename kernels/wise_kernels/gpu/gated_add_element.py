@@ -2,10 +2,10 @@
 bits [J, O, ceil(F/32)] and packed values [V], expanded a tile at a time as in `dual_forward_element` and never kept.
 Rows of choice -1 keep their bits, and with none in scope every program is done after reading the choices.
 
-`popcounts` says where the values of a tile begin; without it every call counts the bits of the whole bank. Few rows are
-cut over the columns to fill the device, and `sum` adds the parts in order. Bound by the issue slots of the expansion,
-15 instructions of a warp for 32 weights: 23 us for Llama-2-7B on an H100, once for up to 16 rows (decode) and once for
-every 256 (prefill, where the dense product, 2 N O F FLOP, takes as long). Not measured yet on a device.
+`popcounts` says where the values of a tile begin; without it every call counts the bits of the whole bank. Sums are cut
+over the columns where that fills the device, and `sum` adds the parts in order. Bound by the integer units that expand:
+25 us for Llama-2-7B on an H100 (predicted), once for up to 16 rows (decode) and once for every 128 (prefill, beside the
+dense product, 2 N O F FLOP). Measured on an H100 before, with lanes that ran down the rows: 76 us for 1 to 8 rows.
 """
 
 from itertools import product
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .element_tile import PROGRAMS, load_values, load_words, popcount_table
+from .element_tile import before_first, memory_of, next_block, octets_of, pairs_of, popcount_table, splits_of
 from .gated_add import add_rows
 from .gated_rows import ordered, rows_of
 from .launch import SIZES, AotCase, guard, interpreted
@@ -24,12 +24,13 @@ from .tile import EXPECT_OF, TARGETS_OF, Tile, family, kinds_of
 FEW_ROWS, SOME_ROWS = 16, 64
 # (up to FEW_ROWS, up to SOME_ROWS, more)
 TILES = {
-    "wgmma": (Tile(16, 64, 64, 8, 4, 128), Tile(64, 64, 64, 8, 3), Tile(256, 64, 64, 8, 3)),
-    "mma": (Tile(16, 64, 64, 8, 4), Tile(64, 64, 64, 8, 3), Tile(128, 64, 64, 8, 3)),
-    "amd": (Tile(16, 64, 64, 8, 2), Tile(64, 64, 64, 8, 2), Tile(128, 64, 64, 8, 2)),
+    "wgmma": (Tile(16, 64, 64, 8, 2, 128), Tile(64, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
+    "mma": (Tile(16, 64, 64, 4, 3), Tile(64, 64, 64, 8, 3), Tile(128, 64, 64, 8, 3)),
+    "amd": (Tile(16, 64, 64, 4, 2), Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2)),
     "fp32": (Tile(16, 64, 16, 4, 3), Tile(32, 32, 16, 4, 3), Tile(32, 32, 16, 4, 3)),
 }
 SUM_O = 256
+LARGEST = 2**31 - 1
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -43,40 +44,43 @@ def element_fwd_kernel(
     o_p = tl.program_id(1) * BN + tl.arange(0, BN)
     split = tl.program_id(2)
     b_n, b_j = rows_of(p_choice, p_order, o_p, rows, tokens, memories, ORDER)
+    HALF: tl.constexpr = BO // 2
     first = tl.program_id(0) * BO
-    o_o, row = first + tl.arange(0, BO), tl.arange(0, BO)[:, None]
-    m_o, o_k, o_oct = o_o < outputs, tl.arange(0, BK), tl.arange(0, BK // 8)[None, :]
-    m_n, m_row = (o_p < rows)[:, None], m_o[:, None]
+    o_o, o_k = first + tl.arange(0, HALF), tl.arange(0, BK)
+    row, o_oct = octets_of(HALF, BK)
+    # Rows past the last output repeat it.
+    row0 = tl.minimum(row, outputs - 1 - first)
+    row1 = tl.minimum(HALF + row, outputs - 1 - first)
     start, end = split * chunk, min((split + 1) * chunk, width)
-    p_row = p_a + b_n * s_an
-    b_left = b_j
-    j = tl.max(b_left, 0)
+    j = tl.max(b_j, 0)
     while j >= 0:
-        first_row = j.to(tl.int64) * outputs
-        p_word, p_place = p_bits + (first_row + first) * words, p_table + (first_row + first) * blocks
-        p_memory = p_values + tl.load(p_bounds + j)
-        b_acc = tl.zeros([BN, BO], tl.float32)
-        b_bits, b_place = load_words(p_word, p_place, row, m_row, start, o_oct, words, blocks, BK)
-        b_d = load_values(p_memory, b_bits, b_place, BO, BK)
-        b_bits, b_place = load_words(p_word, p_place, row, m_row, start + BK, o_oct, words, blocks, BK)
-        for k in range(start, end, BK):
-            p_tile = (p_row + tl.cast(k, tl.int64) * s_af)[:, None] + (o_k * s_af)[None, :]
-            b_a = tl.load(p_tile, mask=m_n & (k + o_k < width)[None, :], other=0.0)
-            # A step ahead of its product, as in `dual_forward_element`.
-            b_next = load_values(p_memory, b_bits, b_place, BO, BK)
-            b_bits, b_place = load_words(p_word, p_place, row, m_row, k + 2 * BK, o_oct, words, blocks, BK)
+        # Rows of other memories read the first one, and nobody what it gives.
+        b_row = tl.where(b_j == j, b_n.to(tl.int32), -1)
+        o_a = (tl.maximum(b_row, 0) * s_an)[:, None] + (o_k * s_af)[None, :]
+        memory = memory_of(p_values, p_bits, p_table, p_bounds, j, first, outputs, words, blocks)
+        j = tl.max(tl.where(b_j < j, b_j, -1), 0)
+        b_acc0, b_acc1 = tl.zeros([HALF, BN], tl.float32), tl.zeros([HALF, BN], tl.float32)
+        ahead0 = before_first(memory, row0, start, o_oct, words, blocks, HALF, BK)
+        ahead1 = before_first(memory, row1, start, o_oct, words, blocks, HALF, BK)
+        for k in range(start - BK, end, BK):
+            p_tile = p_a + tl.cast(k, tl.int64) * s_af + o_a
+            b_a = tl.load(p_tile, mask=((k >= start) & (k + o_k < width))[None, :], other=0.0)
             if UPCAST:
-                b_a, b_d = b_a.to(tl.float32), b_d.to(tl.float32)
-            b_acc = tl.dot(b_a, tl.trans(b_d), b_acc, input_precision="ieee")
-            b_d = b_next
-        b_mine = b_j == j
+                b_a = b_a.to(tl.float32)
+            # Two sums, as in `dual_forward_element`.
+            b_d, ahead0 = next_block(memory, ahead0, row0, k, o_oct, words, blocks, UPCAST, HALF, BK)
+            b_acc0 = tl.dot(b_d, tl.trans(b_a), b_acc0, input_precision="ieee")
+            b_d, ahead1 = next_block(memory, ahead1, row1, k, o_oct, words, blocks, UPCAST, HALF, BK)
+            b_acc1 = tl.dot(b_d, tl.trans(b_a), b_acc1, input_precision="ieee")
+        b_mine = b_row >= 0
         if SPLIT:
-            p_tile = p_parts + (split.to(tl.int64) * rows + b_n)[:, None] * outputs + o_o[None, :]
-            tl.store(p_tile, b_acc, mask=b_mine[:, None] & m_o[None, :])
+            p_tile = p_parts + split.to(tl.int64) * rows * outputs + ((b_row * outputs)[None, :] + o_o[:, None])
+            tl.store(p_tile, b_acc0, mask=b_mine[None, :] & (o_o < outputs)[:, None])
+            tl.store(p_tile + HALF, b_acc1, mask=b_mine[None, :] & (o_o + HALF < outputs)[:, None])
         else:
-            add_rows(p_y, b_acc, b_n, o_o.to(tl.int64), b_mine, m_o, s_yn, s_yo)
-        b_left = tl.where(b_mine, -1, b_left)
-        j = tl.max(b_left, 0)
+            o_out = o_o.to(tl.int64)
+            add_rows(p_y, tl.trans(b_acc0), b_row.to(tl.int64), o_out, b_mine, o_o < outputs, s_yn, s_yo)
+            add_rows(p_y, tl.trans(b_acc1), b_row.to(tl.int64), o_out + HALF, b_mine, o_o + HALF < outputs, s_yn, s_yo)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -104,11 +108,17 @@ def gated_add_element(
     if bits.numel() == 0 or y.numel() == 0:
         return
     tokens, batch = rows // choice.shape[0], choice.shape[0]
-    values, bits, choice = values.contiguous(), bits.contiguous(), choice.contiguous()
+    if rows * abs(a.stride(0)) > LARGEST and rows > 1:
+        # Offsets of rows are 32-bit: in two parts, of sequences or of one's tokens.
+        half = batch // 2 * tokens or rows // 2
+        one, two = (choice[: batch // 2], choice[batch // 2 :]) if batch > 1 else (choice, choice)
+        gated_add_element(y[:half], a[:half], values, bits, bounds, one, popcounts)
+        gated_add_element(y[half:], a[half:], values, bits, bounds, two, popcounts)
+        return
+    values, bits, choice = pairs_of(values), bits.contiguous(), choice.contiguous()
     tile = TILES[family(a)][(rows > FEW_ROWS) + (rows > SOME_ROWS)]
-    tiles_n, tiles_o, splits = triton.cdiv(rows, tile.rows), triton.cdiv(outputs, tile.outputs), 1
-    if rows <= SOME_ROWS:
-        splits = max(1, min(triton.cdiv(PROGRAMS, tiles_o), width // (4 * tile.depth)))
+    tiles_n, tiles_o = triton.cdiv(rows, tile.rows), triton.cdiv(outputs, tile.outputs)
+    splits = splits_of(tile, tiles_n * tiles_o, width)
     chunk = triton.cdiv(triton.cdiv(width, splits), tile.depth) * tile.depth
     table = popcount_table(bits) if popcounts is None else popcounts.contiguous()
     parts = torch.empty(splits if splits > 1 else 0, rows, outputs, dtype=torch.float32, device=y.device)
@@ -140,11 +150,12 @@ def aot_cases() -> list[AotCase]:
         cases.append(AotCase(name, kernel, signature, meta, divisible=divisible, **options))
 
     for table, tiles in TILES.items():
-        for kind, (i, tile) in product(kinds_of(table), enumerate(tiles)):
-            meta = {"ORDER": i > 1, "UPCAST": False, "SPLIT": i < 2} | tile.blocks
+        for kind, (i, split) in product(kinds_of(table), ((0, True), (1, True), (2, True), (2, False))):
+            tile = tiles[i]
+            meta = {"ORDER": i > 1, "UPCAST": False, "SPLIT": split} | tile.blocks
             meta |= {} if i > 1 else {"p_order": None}
             expect = EXPECT_OF[table] if tile.rows > FEW_ROWS or table == "fp32" else "mma"
-            name = f"gated_add_element/{table}/{i}/{kind}"
+            name = f"gated_add_element/{table}/{'split' if split else 'tiles'}/{i}/{kind}"
             case(name, element_fwd_kernel, kind, meta, expect=expect, targets=TARGETS_OF[table], **tile.options)
     for kind in ("bf16", "fp16", "fp32"):
         case(f"gated_add_element/sum/{kind}", sum_fwd_kernel, kind, {"BLOCK_O": SUM_O})
