@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .element_tile import before_first, memory_of, next_block, octets_of, pairs_of, popcount_table, splits_of
-from .launch import AotCase, guard, interpreted
+from .launch import AotCase, dependent, guard, interpreted, wait_for_inputs
 from .row_sums import finish_norms, sum_splits
 from .tile import EXPECT_OF, TARGETS_OF, Tile, family, kinds_of
 
@@ -43,11 +43,12 @@ def element_fwd_kernel(
     p_a, p_values, p_bits, p_table, p_bounds, p_parts, p_side, p_squares,
     N, O, F, W, blocks, s_an, splits, chunk,
     SPLIT: tl.constexpr, RESPONSE: tl.constexpr, UPCAST: tl.constexpr,
-    BN: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr,
+    BN: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program: BN rows and BO outputs of one memory. SPLIT: over one of `splits` chunks of F, into parts [J splits, N,
     O]; bound by the bytes of values and bits. Else over F, into the response and sums of squares [J, tiles of O, N];
     bound by the matrix units, and by the issue slots of the expansion."""
+    wait_for_inputs(PDL)
     tiles_n, tiles_o = tl.cdiv(N, BN), tl.cdiv(O, BO)
     # Programs of one block of outputs side by side: they read the same values and bits.
     tile_n, tile_o = tl.program_id(0) % tiles_n, tl.program_id(0) // tiles_n % tiles_o
@@ -122,6 +123,7 @@ def element_forward(
             rows, outputs, width, words, popcounts.shape[2], a.stride(0), splits,
             triton.cdiv(triton.cdiv(width, splits), tile.depth) * tile.depth,
             SPLIT=split, RESPONSE=response, UPCAST=interpreted(), **tile.blocks, **tile.options,
+            **dependent(a),
         )  # fmt: skip
         if split:
             sum_splits(sums, None, None, side, norms, None)

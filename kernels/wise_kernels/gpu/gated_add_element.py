@@ -18,7 +18,7 @@ from torch import Tensor
 from .element_tile import before_first, memory_of, next_block, octets_of, pairs_of, popcount_table, splits_of
 from .gated_add import add_rows
 from .gated_rows import ordered, rows_of
-from .launch import SIZES, AotCase, guard, interpreted
+from .launch import SIZES, AotCase, dependent, guard, interpreted, wait_for_inputs
 from .tile import EXPECT_OF, TARGETS_OF, Tile, family, kinds_of
 
 FEW_ROWS, SOME_ROWS = 16, 64
@@ -38,9 +38,10 @@ def element_fwd_kernel(
     p_y, p_parts, p_a, p_values, p_bits, p_bounds, p_table, p_choice, p_order,
     rows, tokens, memories, outputs, width, words, blocks, chunk, s_yn, s_yo, s_an, s_af,
     ORDER: tl.constexpr, UPCAST: tl.constexpr, SPLIT: tl.constexpr,
-    BN: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr,
+    BN: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BO outputs of BN positions over a chunk of the columns; added to y, or if SPLIT kept in parts [splits, N, O]."""
+    wait_for_inputs(PDL)
     o_p = tl.program_id(1) * BN + tl.arange(0, BN)
     split = tl.program_id(2)
     b_n, b_j = rows_of(p_choice, p_order, o_p, rows, tokens, memories, ORDER)
@@ -84,8 +85,22 @@ def element_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def sum_fwd_kernel(p_y, p_parts, p_choice, rows, tokens, memories, outputs, splits, s_yn, s_yo, BLOCK_O: tl.constexpr):
+def sum_fwd_kernel(
+    p_y,
+    p_parts,
+    p_choice,
+    rows,
+    tokens,
+    memories,
+    outputs,
+    splits,
+    s_yn,
+    s_yo,
+    BLOCK_O: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """y += the parts of a row in scope, in their order."""
+    wait_for_inputs(PDL)
     n = tl.program_id(0)
     j = tl.load(p_choice + n // tokens)
     if (j >= 0) & (j < memories):
@@ -128,11 +143,13 @@ def gated_add_element(
             y, parts, a, values, bits, bounds, table, choice, order,
             rows, tokens, memories, outputs, width, words, table.shape[2], chunk, *y.stride(), *a.stride(),
             ORDER=order is not None, UPCAST=interpreted(), SPLIT=splits > 1, **tile.blocks, **tile.options,
+            **dependent(y),
         )  # fmt: skip
         if splits > 1:
             sum_fwd_kernel[(rows, triton.cdiv(outputs, SUM_O))](
-                y, parts, choice, rows, tokens, memories, outputs, splits, *y.stride(), BLOCK_O=SUM_O
-            )
+                y, parts, choice, rows, tokens, memories, outputs, splits, *y.stride(), BLOCK_O=SUM_O,
+                **dependent(y),
+            )  # fmt: skip
 
 
 def aot_cases() -> list[AotCase]:
@@ -152,11 +169,11 @@ def aot_cases() -> list[AotCase]:
     for table, tiles in TILES.items():
         for kind, (i, split) in product(kinds_of(table), ((0, True), (1, True), (2, True), (2, False))):
             tile = tiles[i]
-            meta = {"ORDER": i > 1, "UPCAST": False, "SPLIT": split} | tile.blocks
+            meta = {"ORDER": i > 1, "UPCAST": False, "SPLIT": split, "PDL": False} | tile.blocks
             meta |= {} if i > 1 else {"p_order": None}
             expect = EXPECT_OF[table] if tile.rows > FEW_ROWS or table == "fp32" else "mma"
             name = f"gated_add_element/{table}/{'split' if split else 'tiles'}/{i}/{kind}"
             case(name, element_fwd_kernel, kind, meta, expect=expect, targets=TARGETS_OF[table], **tile.options)
     for kind in ("bf16", "fp16", "fp32"):
-        case(f"gated_add_element/sum/{kind}", sum_fwd_kernel, kind, {"BLOCK_O": SUM_O})
+        case(f"gated_add_element/sum/{kind}", sum_fwd_kernel, kind, {"BLOCK_O": SUM_O, "PDL": False})
     return cases
