@@ -126,9 +126,12 @@ class Bank:
             rank = max(m.factor.shape[1] for m in memories)
             pad = torch.nn.functional.pad
             factors = torch.cat([pad(m.factor, (0, rank - m.factor.shape[1])) for m in memories])
-        values = torch.cat([m.values for m in memories])
+        values = torch.cat([m.values for m in memories]).to(dtype)
+        if layout == "element":
+            # One more in the storage, so that kernels may read them in pairs.
+            values = torch.cat([values, values.new_zeros(1)])[:-1]
         return cls(
-            values.to(dtype),
+            values,
             joined([m.index for m in memories]),
             torch.tensor(bounds, device=values.device),
             torch.tensor([m.threshold for m in memories], device=values.device),

@@ -262,3 +262,13 @@ def test_a_captured_forward_follows_a_changed_bank():
     graph.replay()
     _, *expected = dual_forward(a, None, None, *bank)
     assert torch.equal(side, expected[0]) and torch.equal(norms, expected[1])
+
+
+def test_values_are_read_in_pairs_that_lie_in_their_storage():
+    spare = normal(8, dtype=torch.float16)
+    for values, copied in ((spare, False), (spare[:7], False), (spare[1:8], True), (spare[:7].clone(), True)):
+        pairs = element_tile.pairs_of(values)
+        assert torch.equal(pairs, values) and (pairs.data_ptr() != values.data_ptr()) == copied
+        assert pairs.data_ptr() % 4 == 0 and pairs.untyped_storage().nbytes() % 4 == 0
+    whole = normal(7)
+    assert element_tile.pairs_of(whole).data_ptr() == whole.data_ptr()

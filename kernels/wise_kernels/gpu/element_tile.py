@@ -113,7 +113,7 @@ def load_values(memory, b_words, k, o_oct, BK: tl.constexpr):
         b_skip = 1 - (b_bits & 1).to(tl.int32)
         b_place += (base & 1).to(tl.int32) - b_skip
         b_odd = b_place & 1
-        b_end = b_odd + b_skip + popcount(b_word << (24 - shift))
+        b_end = b_odd + b_skip + popcount(b_bits)
         p_pair = (p_values - (base & 1)).to(tl.pointer_type(tl.uint32), bitcast=True) + (b_place >> 1)
         # What is not loaded is not wanted either, whatever it is. The pair before the array is not read.
         b_w0 = tl.load(p_pair, mask=(b_bits != 0) & (b_odd + b_skip < 2))
@@ -207,9 +207,15 @@ def splits_of(tile: Tile, programs: int, width: int) -> int:
 
 
 def pairs_of(values: Tensor) -> Tensor:
-    """The values where 32-bit loads can begin at the first."""
+    """The values where 32-bit loads can begin at the first and end behind the last: a copy where they cannot.
+
+    An odd number of 16-bit values needs one more behind them in the same storage, as a served bank has.
+    """
     values = values.contiguous()
-    return values if values.data_ptr() % 4 == 0 else values.clone()
+    end = (values.storage_offset() + values.numel() + values.numel() % 2) * values.element_size()
+    if values.data_ptr() % 4 == 0 and (values.element_size() == 4 or end <= values.untyped_storage().nbytes()):
+        return values
+    return torch.cat([values, values.new_zeros(1)])[:-1]
 
 
 def popcount_table(bits: Tensor) -> Tensor:
