@@ -37,9 +37,9 @@ def pytest_collection_modifyitems(items):
 def little_to_read():
     """One held-out sentence instead of the packaged passages."""
 
-    from tests.killed import reads_little  # not at the top: most tests need none of it
-    from wise_fast import lifelong
+    from tests.killed import one_sentence  # not at the top: most tests need neither
+    from wise_fast import tasks
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lifelong, "general_ability", reads_little)
+        patch.setattr(tasks, "held_out_texts", one_sentence)
         yield
