@@ -266,7 +266,7 @@ def test_nan_is_null(tmp_path):
 def test_fifty_edits_take_at_most_seven_tenths_of_the_dense_matrix(tmp_path):
     shape = dict(hidden_size=640, intermediate_size=2048)  # those of Gemma 3 270M
     model = tiny_model("llama", num_hidden_layers=2, **shape)
-    editor = WiseEditor(model, tiny_tokenizer(), QUICK.replace(max_steps=1, prefixes=0, batch_size=50, wave=50))
+    editor = WiseEditor(model, tiny_tokenizer(), QUICK.replace(max_steps=1, prefixes=0, batch_size=50))
     editor.edit([Edit(f"Who is number {i}?", f"It is {i}", rephrases=("And so?" * 10,)) for i in range(50)])
     editor.save_pretrained(tmp_path / "out")
     size = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
