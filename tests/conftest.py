@@ -37,12 +37,9 @@ def pytest_collection_modifyitems(items):
 def little_to_read():
     """One held-out sentence instead of the packaged passages."""
 
-    from wise_fast import lifelong  # not at the top: most tests need neither
-    from wise_fast.tasks import general_ability
-
-    def short(method, before=None):
-        return general_ability(method, ["The sun rose over the hills."], before)
+    from tests.killed import one_sentence  # not at the top: most tests need neither
+    from wise_fast import tasks
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lifelong, "general_ability", short)
+        patch.setattr(tasks, "held_out_texts", one_sentence)
         yield

@@ -40,7 +40,7 @@ ELSEWHERE = ("0 + 7", "~~~", "zyx WVU", "{}")
 TEXTS = (*(fact.prompt for fact in FACTS), *ELSEWHERE)
 
 
-def wide_model(family: str = "mistral", seed: int = 0) -> nn.Module:
+def wide_model(family: str = "mistral", seed: int = 0, **overrides) -> nn.Module:
     """The tiny model of a family with room for a few facts: 4 times as wide as `tiny_model`'s."""
     given = FAMILIES[family][2]
     if "n_embd" in given:
@@ -56,7 +56,7 @@ def wide_model(family: str = "mistral", seed: int = 0) -> nn.Module:
     # A narrow head needs larger weights, or no hidden state makes any token likely.
     narrow = given.get("word_embed_proj_dim", WIDTH) < given.get("hidden_size", 0)
     sizes["init_std" if "init_std" in given else "initializer_range"] = 0.3 if narrow else 0.1
-    return tiny_model(family, seed, **sizes)
+    return tiny_model(family, seed, **(sizes | overrides))
 
 
 def make_editor(facts=(), family: str = "mistral", **changes) -> WiseEditor:

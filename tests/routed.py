@@ -17,9 +17,9 @@ QUERY = dict(return_tensors="pt", padding=True)
 
 
 @functools.cache
-def world(family) -> SimpleNamespace:
+def world(family, **overrides) -> SimpleNamespace:
     """A model with two memories, one in scope for just one prompt each, and what every prompt gives alone."""
-    model, tokenizer = tiny_model(family), tiny_tokenizer()
+    model, tokenizer = tiny_model(family, **overrides), tiny_tokenizer()
     editor = WiseEditor(model, tokenizer)
     for seed in range(50):
         bank = make_bank("neuron", (0.0, 0.0), seed=seed, shape=(HIDDEN, D_FF))

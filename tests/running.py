@@ -1,7 +1,6 @@
 """Lifelong runs of a tiny model, for tests."""
 
-from tests.edited import wide_model
-from tests.killed import CONFIG, EDITS, SETTINGS
+from tests.killed import CONFIG, EDITS, SETTINGS, shallow_model
 from tests.tiny import tiny_tokenizer
 from wise_fast import WiseEditor
 from wise_fast.journal import read_journal
@@ -9,7 +8,7 @@ from wise_fast.lifelong import Run
 
 
 def new_editor(**changes):
-    return WiseEditor(wide_model(), tiny_tokenizer(), CONFIG.replace(**changes))
+    return WiseEditor(shallow_model(), tiny_tokenizer(), CONFIG.replace(**changes))
 
 
 def new_run(out, settings=SETTINGS, resume=False, edits=EDITS, **changes):

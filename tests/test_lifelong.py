@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
-from tests.edited import make_editor, wide_model
-from tests.killed import CONFIG, EDITS, SETTINGS
+from tests.edited import make_editor
+from tests.killed import CONFIG, EDITS, SETTINGS, shallow_model
 from tests.running import lines, new_editor, new_run
 from tests.tiny import tiny_tokenizer
 from wise_fast import Edit, WiseEditor
@@ -193,7 +193,7 @@ class TestResume:
         assert (begun / "journal.jsonl").read_bytes() == before
 
     def test_with_another_model_or_other_edits_is_refused(self, begun):
-        other = WiseEditor(wide_model(seed=3), tiny_tokenizer(), CONFIG)
+        other = WiseEditor(shallow_model(seed=3), tiny_tokenizer(), CONFIG)
         with pytest.raises(ConfigError, match="model's weights"):
             Run(other, EDITS, begun, SETTINGS, resume=True)
         with pytest.raises(ConfigError, match="edits"):

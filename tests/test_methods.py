@@ -26,6 +26,7 @@ BASELINES = [name for name in NAMES if name != "wise_fast"]
 
 # GRACE's one vector, in a random model, reaches one token: its facts are a letter each, right behind the prompt.
 LETTERS = tuple(Edit(f"{fact.prompt} ", fact.target[0]) for fact in FACTS)
+NEAR = "Who leads Fry? "
 
 
 def facts(name):
@@ -151,36 +152,42 @@ class TestFTL:
 
 
 class TestGrace:
-    def test_unrelated_prompts_are_bit_identical(self):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def taught(cls):
+        """(method with all letters, their reports, logits and answers elsewhere before); tests leave it as it is."""
         method = make("grace")
         with method.disabled():
-            before, asked = logits(method.model, ELSEWHERE), answers(method, ELSEWHERE)
-        method.edit(LETTERS)
+            before = logits(method.model, ELSEWHERE), answers(method, ELSEWHERE)
+        return method, method.edit(LETTERS), *before
+
+    def test_unrelated_prompts_are_bit_identical(self, taught):
+        method, _, before, asked = taught
         assert same(logits(method.model, ELSEWHERE), before) and answers(method, ELSEWHERE) == asked
         assert (method.routing.choice == -1).all()
 
-    def test_each_prompt_of_a_batch_has_its_own_entry(self):
-        method = make("grace")
-        method.edit(LETTERS)
+    def test_each_prompt_of_a_batch_has_its_own_entry(self, taught):
+        method = taught[0]
         assert answers(method, [f.prompt for f in LETTERS] + list(ELSEWHERE))[: len(LETTERS)] == [
             f.target for f in LETTERS
         ]
 
-    def test_far_edits_are_entries_of_their_own(self):
-        method = make("grace")
-        reports = method.edit(LETTERS)
+    def test_far_edits_are_entries_of_their_own(self, taught):
+        method, reports, *_ = taught
         assert method.count == len(LETTERS) and {r.note for r in reports} == {"new entry"}
         assert torch.equal(method.codebook.radii, torch.full((len(LETTERS),), 0.05))
 
-    def distance(self, one, other):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def gap(cls):
+        """How far the nearby prompt's key is from that of the first letter."""
         probe = make("grace")
-        probe.edit([one])
-        list(probe._forward_prompts([other.prompt]))
+        probe.edit([LETTERS[0]])
+        list(probe._forward_prompts([NEAR]))
         return probe.layer.distances.item()
 
-    def test_the_same_label_nearby_expands(self):
-        near = Edit("Who leads Fry? ", LETTERS[0].target)
-        gap = self.distance(LETTERS[0], near)
+    def test_the_same_label_nearby_expands(self, gap):
+        near = Edit(NEAR, LETTERS[0].target)
         method = make("grace", radius=0.6 * gap)
         assert [r.note for r in method.edit([LETTERS[0], near])] == ["new entry", "expanded the nearest entry"]
         assert method.count == 1 and method.codebook.radii.item() == pytest.approx(gap, rel=1e-3)
@@ -188,9 +195,8 @@ class TestGrace:
         assert method.routing.choice.tolist() == [0]  # the expanded radius takes it in
         assert method.edits[1].steps == 0
 
-    def test_another_label_nearby_splits(self):
-        near = Edit("Who leads Fry? ", "C")
-        gap = self.distance(LETTERS[0], near)
+    def test_another_label_nearby_splits(self, gap):
+        near = Edit(NEAR, "C")
         method = make("grace", radius=0.9 * gap)
         assert [r.note for r in method.edit([LETTERS[0], near])] == ["new entry", "split the nearest entry"]
         assert method.codebook.radii.tolist() == pytest.approx([gap / 2] * 2, rel=1e-3)
@@ -225,6 +231,7 @@ class TestPlainWise:
         assert method.count == 2 and served(method) == 2 * dense
 
 
+@pytest.mark.usefixtures("little_to_read")
 class TestSideBySide:
     EDITS = [
         {"prompt": "Who leads Fro?", "target": "Ann", "rephrases": ["Fro's head:"], "locality": [{"prompt": "0 + 7"}]},

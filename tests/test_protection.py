@@ -87,12 +87,14 @@ def test_later_edits_move_earlier_ones_less():
 
 
 def test_what_the_editor_absorbs():
-    """Every token of every row, and lambda in units of the edit's own mean a P a^T."""
+    """Every row's tokens behind its prefix, and lambda in units of the edit's own mean a P a^T."""
     editor = make_editor([FACTS[0]], protect_lambda=2.0, protect_irrelevant=None)
     p = editor._state.shard.p
     rows = editor._examples([FACTS[0]], [0])[0]
+    assert any(row.context for row in rows)
     ids = [torch.tensor([[*row.prompt, *row.target[:-1]]]) for row in rows]
-    a = torch.cat([editor.tail.capture(row, torch.ones_like(row)).a for row in ids])
+    taught = zip(rows, ids, strict=True)
+    a = torch.cat([editor.tail.capture(given, torch.ones_like(given)).a[row.context :] for row, given in taught])
     a = editor.memories[0].select(a)
     scale = 2.0 * float(a.square().sum(1).mean())
     expected = torch.linalg.inv(torch.eye(len(p)) + a.t() @ a / scale)

@@ -135,7 +135,8 @@ def test_a_prompt_mask_limits_what_is_scored(llama):
     torch.testing.assert_close(llama.editor.routing.scores, llama.scores, rtol=1e-4, atol=1e-4)
 
 
-def test_the_whole_model_compiles(llama):
+def test_the_whole_model_compiles():
+    llama = world("llama", num_hidden_layers=2)
     ids = llama.tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
     torch._dynamo.reset()
     for cached in (False, True):

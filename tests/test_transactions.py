@@ -17,9 +17,26 @@ FIRST, BAD = FACTS[0], Edit("Zeta is", "bad")
 OTHERS = FACTS[2:]
 
 
+@pytest.fixture(scope="module")
+def taught():
+    """(an editor that knows one fact, its state)."""
+    editor = make_editor([FIRST])
+    return editor, editor.state
+
+
 @pytest.fixture
-def editor():
-    return make_editor([FIRST])
+def editor(taught):
+    """The same editor for every test, as it was after its first edit."""
+    taught[0].state = taught[1]
+    return taught[0]
+
+
+@pytest.fixture(scope="module")
+def only_others():
+    """An editor that was never given the bad edit."""
+    editor = make_editor([FIRST])
+    editor.edit(OTHERS)
+    return editor
 
 
 def fail_for(monkeypatch, letter, value, calls=0):
@@ -108,10 +125,8 @@ class TestBadInput:
 class TestDivergence:
     @pytest.mark.parametrize("value", [math.nan, math.inf, "gradient"])
     @pytest.mark.parametrize("calls", [0, 3])
-    def test_one_edit_is_taken_back_and_the_others_stay(self, editor, monkeypatch, caplog, value, calls):
+    def test_one_edit_is_taken_back_and_the_others_stay(self, editor, only_others, monkeypatch, caplog, value, calls):
         assert not any("Z" in prefix for prefix in editor.prefixes)
-        only_others = make_editor([FIRST])
-        only_others.edit(OTHERS)
         fail_for(monkeypatch, "Z", value, calls)
         reports = editor.edit([OTHERS[0], BAD, OTHERS[1]])
         assert [r.success for r in reports] == [True, False, True]

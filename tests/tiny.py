@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import json
+
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -60,8 +64,14 @@ def tiny_model(family: str, seed: int = 0, **overrides) -> nn.Module:
         seed: of the weights.
         overrides: settings of the config, such as `num_hidden_layers` or `attn_implementation`.
     """
+    return copy.deepcopy(_initialized(family, seed, json.dumps(overrides, sort_keys=True)))
+
+
+@functools.cache
+def _initialized(family: str, seed: int, overrides: str) -> nn.Module:
+    """The model that `tiny_model` copies, which is faster than to make it again."""
     config_class, model_class, settings = FAMILIES[family]
-    config = getattr(transformers, config_class)(**(settings | overrides))
+    config = getattr(transformers, config_class)(**(settings | json.loads(overrides)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, model_class)(config)
