@@ -42,17 +42,44 @@ def gain(p: Tensor, a: Tensor) -> Tensor:
 
 
 def taught_factor(p: Tensor, origin: Tensor, rank: int = RANK) -> Tensor:
-    """Thin `U` [K, rank] with `U U^T ~ P_0 - P`, by seeded subspace iteration; `||a U||^2 / ||a||^2` is the leverage.
+    """Thin `U` [K, rank] with `a U U^T a^T ~ a (P_0 - P) a^T`; `||a U||^2 / ||a||^2` is the leverage.
+
+    Half of the columns are the largest directions, by seeded subspace iteration; the others a random projection of the
+    rest, so that `E[U U^T] = P_0 - P`. The largest are of words that many prompts share, the rest tells memories apart.
 
     `origin` is P_0, the matrix before the first edit, so that unrelated text absorbed into it counts as not taught.
     """
     count = p.shape[0]
     rank = min(rank, count)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # one for all memories: what chance does to their leverages is alike
     taught = origin - p
-    basis = torch.randn(count, min(rank + 8, count), generator=generator).to(p.device)
+    largest = _largest(taught, rank if rank == count else rank // 2, generator)
+    if largest.shape[1] == rank:
+        return largest.half().float()
+    factor = _cholesky(torch.addmm(taught, largest, largest.t(), alpha=-1.0))
+    chance = torch.randn(count, rank - largest.shape[1], generator=generator).to(p.device)
+    rest = factor @ chance / chance.shape[1] ** 0.5
+    return torch.cat([largest, rest], 1).half().float()  # half a precision is plenty for a share, and half to save
+
+
+def _largest(taught: Tensor, rank: int, generator: torch.Generator) -> Tensor:
+    """`U` [K, rank] with `U U^T` the part of a positive matrix [K, K] in its largest directions, by Nystrom's formula:
+    unlike by its own, what is left is positive too."""
+    count = taught.shape[0]
+    basis = torch.randn(count, min(rank + 8, count), generator=generator).to(taught.device)
     for _ in range(3):
         basis = torch.linalg.qr(taught @ basis).Q
-    values, vectors = torch.linalg.eigh(basis.t() @ taught @ basis)
-    factor = basis @ vectors[:, -rank:] * values[-rank:].clamp_min(0).sqrt()
-    return factor.half().float()  # half a precision is plenty for a share, and halves what is saved
+    reached = taught @ basis
+    values, vectors = torch.linalg.eigh(basis.t() @ reached)
+    least = 1e-6 * values[-1].clamp_min(torch.finfo(values.dtype).tiny)
+    return reached @ vectors[:, -rank:] / values[-rank:].clamp_min(least).sqrt()
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    """`L` with `L L^T` a matrix [K, K] that is positive but for rounding, which a small multiple of I makes up for."""
+    jitter = 1e-6 * float(matrix.diagonal().max().clamp_min(1e-6))
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(matrix + jitter * torch.eye(len(matrix), device=matrix.device))
+        if not failed:
+            return factor
+        jitter *= 10
