@@ -121,3 +121,19 @@ def test_unrelated_text_does_not_count_as_taught():
 def test_without_protection_there_is_no_matrix():
     assert make_editor([FACTS[0]], protect=False)._state.shard.p is None
     assert make_editor([FACTS[0]], layout="element")._state.shard.p is None
+
+
+def test_what_the_largest_directions_leave_out_counts_too():
+    rank, prompts = 64, torch.randn(300, 400, generator=torch.Generator().manual_seed(1))
+    taught = torch.eye(400) - absorb(torch.eye(400), prompts, 0.5)
+    factor = taught_factor(torch.eye(400) - taught, torch.eye(400), rank)
+    assert factor.shape == (400, rank)
+    exact, found = ((prompts @ taught) * prompts).sum(), (prompts @ factor).square().sum()
+    values, vectors = torch.linalg.eigh(taught)
+    largest = (prompts @ vectors[:, -rank:] * values[-rank:].sqrt()).square().sum()
+    assert abs(float(found / exact) - 1) < 0.05 and float(largest / exact) < 0.6
+
+
+def test_a_matrix_that_is_no_protection_is_refused():
+    with pytest.raises(ValueError, match="not positive"):
+        taught_factor(3 * torch.eye(300), torch.eye(300))

@@ -56,7 +56,7 @@ def taught_factor(p: Tensor, origin: Tensor, rank: int = RANK) -> Tensor:
     largest = _largest(taught, rank if rank == count else rank // 2, generator)
     if largest.shape[1] == rank:
         return largest.half().float()
-    factor = _cholesky(torch.addmm(taught, largest, largest.t(), alpha=-1.0))
+    factor = _cholesky(torch.addmm(taught, largest, largest.t(), alpha=-1.0), taught.diagonal().max())
     chance = torch.randn(count, rank - largest.shape[1], generator=generator).to(p.device)
     rest = factor @ chance / chance.shape[1] ** 0.5
     return torch.cat([largest, rest], 1).half().float()  # half a precision is plenty for a share, and half to save
@@ -75,11 +75,12 @@ def _largest(taught: Tensor, rank: int, generator: torch.Generator) -> Tensor:
     return reached @ vectors[:, -rank:] / values[-rank:].clamp_min(least).sqrt()
 
 
-def _cholesky(matrix: Tensor) -> Tensor:
-    """`L` with `L L^T` a matrix [K, K] that is positive but for rounding, which a small multiple of I makes up for."""
-    jitter = 1e-6 * float(matrix.diagonal().max().clamp_min(1e-6))
-    while True:
-        factor, failed = torch.linalg.cholesky_ex(matrix + jitter * torch.eye(len(matrix), device=matrix.device))
+def _cholesky(matrix: Tensor, scale: Tensor) -> Tensor:
+    """`L` with `L L^T` a matrix [K, K] that is positive but for rounding errors of numbers as large as `scale`, which a
+    small multiple of I makes up for."""
+    eye = scale.clamp_min(torch.finfo(scale.dtype).eps) * torch.eye(len(matrix), device=matrix.device)
+    for power in range(-6, -1):
+        factor, failed = torch.linalg.cholesky_ex(matrix + 10**power * eye)
         if not failed:
             return factor
-        jitter *= 10
+    raise ValueError("P_0 - P is not positive: P is not of that P_0, or is not finite")
