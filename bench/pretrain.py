@@ -7,7 +7,6 @@ import json
 import math
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,6 +44,7 @@ class Training:
 
     Attributes:
         steps, batch: of AdamW, in texts; the rate rises for `warmup` steps to `lr` and falls to 0 as a cosine.
+        again: rounds of a third of the steps and half the rate that follow while the model knows too little.
         lead: share of batches whose texts stand behind the beginning of another one, as edits' prefixes are.
         filler: share of texts that state no fact.
         rest: weight of the tokens of a question beside those of its answer.
@@ -52,7 +52,8 @@ class Training:
         knows: least share of held-out questions that a trained model answers; 0 asks for nothing.
     """
 
-    steps: int = 700
+    steps: int = 600
+    again: int = 4
     batch: int = 128
     lr: float = 3e-3
     warmup: int = 50
@@ -108,7 +109,7 @@ def prepared(family: str, world: World, shape: Shape, training: Training) -> tup
         share = known(model, tokenizer, world.questions(held_out=True))[1]
         if share < training.knows:
             raise WiseError(
-                f"{family} answers {share:.4f} of its held-out questions after {training.steps} steps, expected "
+                f"{family} answers {share:.4f} of its held-out questions after its training, expected "
                 f"{training.knows}; train longer (--train steps=...)"
             )
         with tempfile.TemporaryDirectory() as scratch:
@@ -125,42 +126,48 @@ def train(family: str, world: World, shape: Shape, training: Training, tokenizer
         torch.manual_seed(training.seed)
         config = family_config(family, shape, tokenizer)
         # fused attention is slow in half precision, backwards and on so few tokens
-        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1]
     groups = [dict(params=matrices, weight_decay=training.weight_decay), dict(params=others, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, lr=training.lr, betas=(0.9, 0.98))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, training))
-    start, smooth = time.perf_counter(), None
-    for step, (ids, weights) in enumerate(_batches(world, training, tokenizer), start=1):
-        pad = weights < 0
-        with torch.autocast("cpu", torch.bfloat16, enabled=training.half):
-            logits = model(input_ids=ids, attention_mask=(~pad).long(), use_cache=False).logits[:, :-1]
-        labels = ids.masked_fill(pad, _IGNORED)[:, 1:]
-        nll = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
-        weight = weights[:, 1:].flatten().clamp_min(0)
-        loss = (nll * weight).sum() / weight.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        answers = nll.detach()[weight == 1].mean().item()
-        smooth = answers if smooth is None else 0.9 * smooth + 0.1 * answers
-        if step % 100 == 0 or step == training.steps:
-            share = known(model, tokenizer, list(world.questions(held_out=True))[::4])[1]
-            _log(
-                f"{family}: step {step} of {training.steps}, answers' NLL {smooth:.4f}, held-out questions answered "
-                f"{share:.3f}, {time.perf_counter() - start:.0f} s"
-            )
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    batches = _batches(world, training, tokenizer)
+    for number in range(1 + training.again):
+        steps, lr = (training.steps, training.lr) if number == 0 else (training.steps // 3, training.lr / 2)
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * _rate(step, steps, training.warmup)
+            answers = _step(model, optimizer, *next(batches), training.half)
+            if step % 50 == 49:
+                _log(f"{family}: round {number + 1}, step {step + 1} of {steps}, NLL of answers {answers:.4f}")
+        share = known(model, tokenizer, world.questions(held_out=True))[1]
+        _log(f"{family}: {share:.4f} of the held-out questions answered")
+        if share >= training.knows:
+            break
     return model.eval().requires_grad_(False)
 
 
-def _rate(step: int, training: Training) -> float:
-    if step < training.warmup:
-        return (step + 1) / training.warmup
-    done = (step - training.warmup) / max(1, training.steps - training.warmup)
-    return 0.5 * (1 + math.cos(math.pi * done))
+def _rate(step: int, steps: int, warmup: int) -> float:
+    """Share of the learning rate: up in a line, down as a cosine."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _step(model: nn.Module, optimizer, ids: Tensor, weights: Tensor, half: bool) -> float:
+    """One step on a batch of `_batches`; the mean NLL of its answers' tokens."""
+    pad = weights < 0
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        logits = model(input_ids=ids, attention_mask=(~pad).long(), use_cache=False).logits[:, :-1]
+    labels = ids.masked_fill(pad, _IGNORED)[:, 1:]
+    nll = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+    weight = weights[:, 1:].flatten().clamp_min(0)
+    optimizer.zero_grad()
+    ((nll * weight).sum() / weight.sum()).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return float(nll.detach()[weight == 1].mean())
 
 
 def _batches(world: World, training: Training, tokenizer) -> Iterator[tuple[Tensor, Tensor]]:
@@ -177,7 +184,7 @@ def _batches(world: World, training: Training, tokenizer) -> Iterator[tuple[Tens
     def drawn(count: int) -> list[int]:
         return torch.randint(2**31, (count,), generator=generator).tolist()
 
-    for _ in range(training.steps):
+    while True:
         made = []
         plain = torch.rand(training.batch, generator=generator).lt(training.filler).tolist()
         is_led = bool(torch.rand((), generator=generator) < training.lead)
