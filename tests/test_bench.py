@@ -267,3 +267,8 @@ def test_bad_arguments_are_refused(arguments, capsys):
 def test_bad_settings_end_with_one_line(source):
     with pytest.raises(SystemExit, match="^error: unknown setting 'max_step'"):
         run.main(["--model", source, "--set", "max_step=3"])
+
+
+def test_a_copied_tree_says_its_commit(monkeypatch):
+    monkeypatch.setenv("WISE_FAST_COMMIT", "abc1234")
+    assert records.commit() == "abc1234"
