@@ -159,8 +159,8 @@ def aot_cases() -> list[AotCase]:
             }
             divisible = tuple(n for n in (*pointers, "s_an", "s_fk") if n not in constexprs)
             cases.append(AotCase(
-                f"leverage/{block_n}x{block_r}x{block_k}/{dtype}/{'ratio' if ratio else 'norm'}", thin_fwd_kernel, signature,
-                constexprs, num_warps, num_stages, "mma" if precision == "tf32" else None, divisible,
+                f"leverage/{block_n}x{block_r}x{block_k}/{dtype}/{'ratio' if ratio else 'norm'}", thin_fwd_kernel,
+                signature, constexprs, num_warps, num_stages, "mma" if precision == "tf32" else None, divisible,
             ))  # fmt: skip
     for ratio in (True, False):
         signature = {"p_taught": "*fp32", "p_total": "*fp32" if ratio else "constexpr", "p_out": "*fp32"}
