@@ -44,7 +44,8 @@ def leverage(a: Tensor, columns: Tensor, bounds: Tensor, factors: Tensor) -> Ten
         columns: [R] int64 in [0, F).
         bounds: [J + 1] int64 on the device of `columns`; its rows and those of `factors` from bounds[j] to bounds[j+1]
             belong to memory j.
-        factors: [R, r] floating point; r is common to the memories, thinner factors are padded with zero columns.
+        factors: [R, r] floating point; r is common to the memories, thinner factors are padded with zero columns. On a
+            device, 16-bit activations are multiplied with 11 significant bits of them: all that fp16 holds.
 
     Returns:
         [J, N] fp32; 0 where a_S is 0, in [0, 1] where U_j U_j^T <= I.
