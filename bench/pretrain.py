@@ -19,7 +19,7 @@ from bench.world import World, make_tokenizer
 from wise_fast.architectures import evaluating
 from wise_fast.atomic import write_directory
 from wise_fast.errors import WiseError
-from wise_fast.models import _cache_root, load_model
+from wise_fast.models import cache_root, load_model
 from wise_fast.tokens import Example, collate, encode_target
 
 FAMILIES = ("gpt2", "gptj", "llama", "mistral")
@@ -102,7 +102,7 @@ def prepared(family: str, world: World, shape: Shape, training: Training) -> tup
         StorageError: the cache cannot be written.
     """
     content = json.dumps([_FORMAT, family, world.digest(), asdict(shape), asdict(training)])
-    directory = _cache_root() / "worlds" / f"{family}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    directory = cache_root() / "worlds" / f"{family}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
     if not (directory / "config.json").is_file():  # written whole or not at all
         tokenizer = make_tokenizer(world)
         model = train(family, world, shape, training, tokenizer)

@@ -218,7 +218,7 @@ def test_a_cache_that_cannot_be_written_names_the_variable(conversions, tmp_path
 def test_an_empty_or_relative_cache_variable_means_the_home_directory(monkeypatch, tmp_path, value):
     monkeypatch.setenv("XDG_CACHE_HOME", value)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert demo._cache_root() == tmp_path / ".cache" / "wise_fast"
+    assert demo.cache_root() == tmp_path / ".cache" / "wise_fast"
 
 
 def test_without_the_extra_the_error_names_it(monkeypatch, tmp_path):
@@ -229,7 +229,7 @@ def test_without_the_extra_the_error_names_it(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(
-    not demo._is_complete(demo._cache_root() / f"gemma-3-270m-{demo._FORMAT}"),
+    not demo._is_complete(demo.cache_root() / f"gemma-3-270m-{demo._FORMAT}"),
     reason="the demo model is not converted on this machine (wise-fast demo does it)",
 )
 def test_the_demo_model_answers_and_its_tokenizer_has_gemmas_ids():

@@ -137,3 +137,8 @@ def test_what_the_largest_directions_leave_out_counts_too():
 def test_a_matrix_that_is_no_protection_is_refused():
     with pytest.raises(ValueError, match="not positive"):
         taught_factor(3 * torch.eye(300), torch.eye(300))
+
+
+def test_who_has_been_taught_nothing_has_no_leverage():
+    factor = taught_factor(torch.eye(300), torch.eye(300))
+    assert factor.shape == (300, 128) and float(factor.abs().max()) < 1e-3

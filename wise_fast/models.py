@@ -112,7 +112,7 @@ def _checked_source(name_or_path: str | Path) -> str:
     return str(name_or_path)
 
 
-def _cache_root() -> Path:
+def cache_root() -> Path:
     """Where converted models are kept; by the XDG rules a relative XDG_CACHE_HOME is ignored."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (base if base.is_absolute() else Path.home() / ".cache") / "wise_fast"
@@ -124,7 +124,7 @@ def _demo_directory() -> Path:
     One process converts, under a lock, in a sibling directory that is renamed when it is whole: nobody ever sees half
     a model, and whoever waited for the lock finds the model done.
     """
-    target = _cache_root() / f"gemma-3-270m-{_FORMAT}"
+    target = cache_root() / f"gemma-3-270m-{_FORMAT}"
     if _is_complete(target):
         return target
     _require_demo_packages()

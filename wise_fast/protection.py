@@ -46,6 +46,7 @@ def taught_factor(p: Tensor, origin: Tensor, rank: int = RANK) -> Tensor:
 
     Half of the columns are the largest directions, by seeded subspace iteration; the others a random projection of the
     rest, so that `E[U U^T] = P_0 - P`. The largest are of words that many prompts share, the rest tells memories apart.
+    Chance may put a leverage a little above 1.
 
     `origin` is P_0, the matrix before the first edit, so that unrelated text absorbed into it counts as not taught.
     """
@@ -71,7 +72,7 @@ def _largest(taught: Tensor, rank: int, generator: torch.Generator) -> Tensor:
         basis = torch.linalg.qr(taught @ basis).Q
     reached = taught @ basis
     values, vectors = torch.linalg.eigh(basis.t() @ reached)
-    least = 1e-6 * values[-1].clamp_min(torch.finfo(values.dtype).tiny)
+    least = (1e-6 * values[-1]).clamp_min(torch.finfo(values.dtype).tiny)
     return reached @ vectors[:, -rank:] / values[-rank:].clamp_min(least).sqrt()
 
 
