@@ -20,7 +20,7 @@ from bench.records import ENVIRONMENT_COLUMNS
 from bench.run import at_least
 from bench.world import World, WorldSettings, make_edits, make_world
 from wise_fast import Edit, WiseConfig, WiseEditor, evaluate
-from wise_fast.errors import ConfigError, WiseError
+from wise_fast.errors import ConfigError
 from wise_fast.settings import build_config, parse_setting
 
 _MODEL = ("parameters", "facts", "knows_taught", "knows_held_out")
@@ -33,13 +33,7 @@ COLUMNS = (*ENVIRONMENT_COLUMNS, "family", "T", "settings", "seed", "world", *_M
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run every family, print the rows and record them."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = parse(arguments)
-    try:
-        rows = run(options, ["python", "-m", "bench.families", *arguments])
-    except WiseError as error:
-        sys.exit(f"error: {error}")
-    records.show(rows, _SHOWN, options.json)
+    records.command("bench.families", parse, run, _SHOWN, arguments)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

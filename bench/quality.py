@@ -18,7 +18,6 @@ from bench import records
 from bench.records import ENVIRONMENT_COLUMNS, percentiles
 from bench.run import add_source, at_least, read_edits
 from wise_fast import Edit, WiseConfig, WiseEditor, evaluate
-from wise_fast.errors import WiseError
 from wise_fast.models import load_model
 from wise_fast.settings import build_config
 
@@ -41,13 +40,7 @@ _SHOWN = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run every seed, print the rows and record them."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = parse(arguments)
-    try:
-        rows = run(options, ["python", "-m", "bench.quality", *arguments])
-    except WiseError as error:
-        sys.exit(f"error: {error}")
-    records.show(rows, _SHOWN, options.json)
+    records.command("bench.quality", parse, run, _SHOWN, arguments)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

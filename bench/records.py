@@ -15,13 +15,15 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from wise_fast.errors import WiseError
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -171,6 +173,26 @@ def _parsed(name: str, text: str) -> str | float | None:
         return float(text)
     except ValueError:
         return text
+
+
+def command(
+    module: str,
+    parse: Callable[[Sequence[str]], argparse.Namespace],
+    run: Callable[[argparse.Namespace, list[str]], list[dict]],
+    shown: Sequence[str],
+    arguments: Sequence[str] | None,
+) -> None:
+    """`python -m module`: parse the arguments (of the process if None), run, print these columns of the rows.
+
+    What a user can mend ends it with one line, not a traceback.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = parse(arguments)
+    try:
+        rows = run(options, ["python", "-m", module, *arguments])
+    except WiseError as error:
+        sys.exit(f"error: {error}")
+    show(rows, shown, options.json)
 
 
 def show(rows: Sequence[dict], columns: Sequence[str], as_json: bool = False, title: str | None = None) -> None:

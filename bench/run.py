@@ -13,23 +13,18 @@ from pathlib import Path
 from bench import editing, memory, records, serving
 from bench.measure import PAPER_STEPS, Setting
 from wise_fast.data import Edit, demo_edits, load_edits
-from wise_fast.errors import WiseError
 from wise_fast.models import load_model
 from wise_fast.settings import build_config
 
 SECTIONS = ("memory", "editing", "serving", "storage")
 
+# Medians are the value: p50 is not printed beside it.
+_SHOWN = tuple(name for name in records.ROW_COLUMNS if name != "p50")
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the sections asked for, print their rows and record them."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = parse(arguments)
-    try:
-        rows = run(options, ["python", "-m", "bench.run", *arguments])
-    except WiseError as error:
-        sys.exit(f"error: {error}")
-    columns = [name for name in records.ROW_COLUMNS if name != "p50"]
-    records.show(rows, columns, options.json)
+    records.command("bench.run", parse, run, _SHOWN, arguments)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

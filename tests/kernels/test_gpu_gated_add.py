@@ -127,13 +127,13 @@ def test_element_layout_strides_scope_and_empty_inputs(poisoned, tokens):
     assert torch.equal(y, before)
 
 
-@pytest.mark.parametrize("tokens", [2, 9])
-def test_element_layout_with_rows_of_many_words(poisoned, tokens):
-    bank, a = element_bank((0.2, 0.6), width=170, outputs=50), normal(2 * tokens, 170)
+@pytest.mark.parametrize("width,tokens", [(170, 2), (170, 9), (600, 2), (600, 70)])
+def test_element_layout_with_rows_of_many_words_and_splits_of_a_long_sum(poisoned, width, tokens):
+    bank, a = element_bank((0.2, 0.6), width=width, outputs=50), normal(2 * tokens, width)
     y, choice = torch.zeros(2 * tokens, 50), torch.tensor([1, 0])
     got = y.to(DEVICE, copy=True)
     element.gated_add_element(got, *(t.to(DEVICE) for t in (a, *bank, choice)))
-    expected = reference.gated_add(y, a, reference.dense_element(*bank, 170), choice)
+    expected = reference.gated_add(y, a, reference.dense_element(*bank, width), choice)
     assert_within(got.cpu(), expected, expected, torch.float32)
     counted = y.to(DEVICE, copy=True)
     element.gated_add_element(counted, *(t.to(DEVICE) for t in (a, *bank, choice, popcount_table(bank[1]))))
@@ -149,16 +149,6 @@ def test_element_rows_past_32_bit_offsets_are_taken_in_parts(poisoned, monkeypat
     monkeypatch.setattr(element, "LARGEST", 40 * WIDTH)
     element.gated_add_element(parts, *bank, choice)
     assert_within(parts.cpu(), whole.cpu(), whole.cpu(), torch.float32)
-
-
-@pytest.mark.parametrize("tokens", [2, 70])
-def test_element_layout_over_splits_of_a_long_sum(poisoned, tokens):
-    bank, a = element_bank((0.2, 0.6), width=600, outputs=50), normal(2 * tokens, 600)
-    y, choice = torch.zeros(2 * tokens, 50), torch.tensor([1, 0])
-    got = y.to(DEVICE, copy=True)
-    element.gated_add_element(got, *(t.to(DEVICE) for t in (a, *bank, choice)))
-    expected = reference.gated_add(y, a, reference.dense_element(*bank, 600), choice)
-    assert_within(got.cpu(), expected, expected, torch.float32)
 
 
 @pytest.mark.parametrize("tokens", [4, 40])
