@@ -192,17 +192,15 @@ def leverage(model: str, rows: int, memories: int, dtype: torch.dtype, rank: int
         bank = make_bank(place, "neuron", model, memories, dtype)
         size = bank.index.shape[0] // memories
         factors = place.normal(bank.index.shape[0], rank, scale=size**-0.5)
-        ceilings = torch.ones(memories, device=place.device)
 
         def plain():
             out = []
             for j in range(memories):
                 active = a[:, bank.index[j * size : (j + 1) * size]].float()
-                out.append(1 - (active @ factors[j * size : (j + 1) * size]).square().sum(1) / ceilings[j])
+                out.append((active @ factors[j * size : (j + 1) * size]).square().sum(1))
             return torch.stack(out)
 
-        given = a, bank.index, bank.bounds, factors, ceilings
-        arms = {"plain": Arm(plain), "ours": Arm(lambda: kernels.leverage(*given))}
+        arms = {"plain": Arm(plain), "ours": Arm(lambda: kernels.leverage(a, bank.index, bank.bounds, factors))}
         moved = a.nbytes + factors.nbytes + bank.index.nbytes + 4 * memories * a.shape[0]
         return Built(arms, float(moved), 2.0 * a.shape[0] * factors.numel(), _pair(arms))
 
@@ -222,10 +220,10 @@ def route(rows: int, memories: int, batch: int = 8) -> Callable:
         def plain():
             count = mask.sum(-1)
             scores = (given.unflatten(1, mask.shape) * mask).sum(-1) / count
-            rank = (share.unflatten(1, mask.shape) * mask).sum(-1) / count
-            best = rank.argmax(0)
-            opened = (scores.t() > thresholds).gather(1, best[:, None])[:, 0]
-            return torch.where(opened, best, -1)
+            spread = ((share.unflatten(1, mask.shape) * mask).sum(-1) / count).sqrt()
+            ratio = (scores / spread).t() / thresholds
+            best = ratio.argmax(1)
+            return torch.where(ratio.gather(1, best[:, None])[:, 0] > 1, best, -1)
 
         arms = {"plain": Arm(plain), "ours": Arm(lambda: kernels.route(given, mask, thresholds, share)[1])}
         return Built(arms, float(2 * given.nbytes + mask.nbytes), 0.0, _pair(arms))

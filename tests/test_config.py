@@ -10,8 +10,8 @@ import pytest
 from wise_fast import WiseConfig
 from wise_fast.errors import ConfigError, WiseError
 
-SHARES = ("mask_ratio", "density", "act_ratio")
-POSITIVE = ("lr", "ceiling", "protect_lambda", "protect_irrelevant", "near_limit", "clamp")
+SHARES = ("mask_ratio", "density", "act_ratio", "z_ratio")
+POSITIVE = ("lr", "protect_lambda", "protect_irrelevant", "near_limit", "clamp")
 NOT_NEGATIVE = ("alpha", "beta", "gamma", "margin_weight", "nll", "momentum", "weight_decay", "drop_rate")
 COUNTS = (
     "max_steps",

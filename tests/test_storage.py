@@ -72,8 +72,12 @@ def with_scope(editor):
     scores, middle = editor.routing.scores, editor.routing.scores.median(0).values
     quietest = scores[(scores / middle).amax(1).argmin()]
     state, levels = editor._state, iter(torch.maximum(middle, quietest).tolist())
-    merged, closed = (tuple(m.replace(threshold=next(levels)) for m in part) for part in (state.merged, state.closed))
-    shard = state.shard and replace(state.shard, memory=state.shard.memory.replace(threshold=next(levels)))
+
+    def opened(memory):
+        return memory.replace(**dict.fromkeys(("threshold", "z_threshold"), next(levels)))
+
+    merged, closed = (tuple(map(opened, part)) for part in (state.merged, state.closed))
+    shard = state.shard and replace(state.shard, memory=opened(state.shard.memory))
     editor._set_state(state.replace(merged=merged, closed=closed, shard=shard))
     return editor
 
@@ -91,7 +95,7 @@ def contents(directory):
 
 
 def same_memory(a, b):
-    facts = [(m.layout, m.shape, m.threshold, m.ceiling, m.edits) for m in (a, b)]
+    facts = [(m.layout, m.shape, m.threshold, m.z_threshold, m.edits) for m in (a, b)]
     tensors = [(a.values, b.values), (a.index, b.index)]
     if a.factor is not None or b.factor is not None:
         tensors.append((a.factor, b.factor))
@@ -238,18 +242,16 @@ numbers = st.floats(allow_nan=False) | st.integers(0, 100).map(float)
 @settings(max_examples=30)
 @given(
     threshold=st.floats(min_value=0),
-    ceiling=st.floats(min_value=0),
+    z_threshold=st.floats(min_value=0),
     loss=numbers,
     seconds=numbers,
     score=numbers,
     text=st.text(max_size=20),
 )
-def test_numbers_and_texts_round_trip_exactly(tmp_path_factory, threshold, ceiling, loss, seconds, score, text):
+def test_numbers_and_texts_round_trip_exactly(tmp_path_factory, threshold, z_threshold, loss, seconds, score, text):
     text = "p" + text.encode("utf-8", "ignore").decode()
     report = EditReport(Edit(text, text), 3, loss, loss, score, True, seconds, text)
-    memory = SideMemory(
-        "neuron", torch.randn(2, 3), torch.tensor([1, 4]), (3, 5), threshold, ceiling=ceiling, edits=(0,)
-    )
+    memory = SideMemory("neuron", torch.randn(2, 3), torch.tensor([1, 4]), (3, 5), threshold, z_threshold, edits=(0,))
     base = dict.fromkeys(("family", "projection", "weights"), "x") | dict(layers=1, layer=0, shape=[3, 5])
     directory = tmp_path_factory.mktemp("numbers") / "out"
     state = EditorState((memory,), opened=1, reports=(report,))

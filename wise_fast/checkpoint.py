@@ -191,14 +191,14 @@ def _flatten_memory(memory: SideMemory, prefix: str, tensors: dict[str, Tensor])
         "layout": memory.layout,
         "shape": list(memory.shape),
         "threshold": memory.threshold.hex(),
-        "ceiling": memory.ceiling.hex(),
+        "z_threshold": memory.z_threshold.hex(),
         "edits": list(memory.edits),
     }
 
 
 def _restore_memory(fact: dict, prefix: str, tensors: dict[str, Tensor]) -> SideMemory:
     values, index, factor = tensors[prefix + "values"], tensors[prefix + "index"], tensors.get(prefix + "factor")
-    limits = {name: float.fromhex(fact[name]) for name in ("threshold", "ceiling")}
+    limits = {name: float.fromhex(fact[name]) for name in ("threshold", "z_threshold")}
     shape, edits = tuple(fact["shape"]), tuple(fact["edits"])
     return SideMemory(fact["layout"], values, index, shape, factor=factor, edits=edits, **limits)
 

@@ -181,11 +181,12 @@ class WiseEditor(Material):
             for i, r in enumerate(reports)
         ]
         made = (*old, *new)
-        held = [score for index, score in scores.items() if made[index].success]
-        memory = memory.replace(threshold=self._threshold(held or list(scores.values())))
+        held = {index for index in scores if made[index].success} or set(scores)
+        memory = memory.replace(threshold=self.config.act_ratio * min(scores[index] for index in held))
         if fit.p is not None and self.config.route_by == "leverage":
             memory = memory.replace(factor=protection.untaught_factor(fit.p))
-            memory = memory.replace(ceiling=self._ceiling([memory.novelty(key) for _, key in keys]))
+            z = [scores[index] / memory.spread(key) for index, key in keys if index in held]
+            memory = memory.replace(z_threshold=self._z_threshold(z))
         gone = {i for i, r in enumerate(made) if r.note.startswith("superseded")}
         # A memory of superseded edits alone would only compete with the one that replaced it.
         merged, closed = (tuple(m for m in part if set(m.edits) - gone) for part in (state.merged, state.closed))
@@ -200,13 +201,9 @@ class WiseEditor(Material):
         mask = torch.ones(1, key.shape[0], dtype=torch.bool, device=key.device)
         return float(objective.scores(memory.respond(key), mask, self.config.reduction))
 
-    def _threshold(self, scores: Sequence[float]) -> float:
-        """`act_ratio * min score` over the edits that hold; failed ones do not drag it down (DESIGN section 2)."""
-        return self.config.act_ratio * min(scores)
-
-    def _ceiling(self, novelties: Sequence[float]) -> float:
-        """A multiple of the median over the edits: paraphrases hold more that is new than the prompts taught."""
-        return self.config.ceiling * statistics.median(novelties)
+    def _z_threshold(self, z: Sequence[float]) -> float:
+        """A share of the median, which no outlier drags; an edit below that still counts, or it could not be heard."""
+        return min(self.config.z_ratio * statistics.median(z), self.config.act_ratio * min(z))
 
     # -- state --------------------------------------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ from wise_fast.errors import UnsupportedModelError
 from wise_fast.memory import Bank
 from wise_fast.routing import Routing
 
-_BUFFERS = ("values", "index", "bounds", "thresholds", "factors", "ceilings")  # of a bank, and of a state dict
-_EXACT = ("thresholds", "factors", "ceilings")  # what decides the routing
+_BUFFERS = ("values", "index", "bounds", "thresholds", "factors")  # of a bank, and of a state dict
+_EXACT = ("thresholds", "factors")  # what decides the routing
 
 
 class DualMemoryLinear(nn.Module):
@@ -96,17 +96,16 @@ class DualMemoryLinear(nn.Module):
             y, side, norms = kernels.dual_forward(*given)
         else:
             y, side, norms = kernels.dual_forward_element(*given, self.popcounts)
-        leverage = floors = None
+        leverage = None
         if self.factors is not None:
-            leverage = kernels.leverage(flat, self.index, self.bounds, self.factors, self.ceilings)
-            floors = torch.zeros_like(self.ceilings)
+            leverage = kernels.leverage(flat, self.index, self.bounds, self.factors)
         mask = self.routing.mask
         if mask is None:
             batch = a.shape[0] if a.ndim > 2 else 1
             mask = torch.ones(batch, flat.shape[0] // max(batch, 1), dtype=torch.bool, device=a.device)
         mask = mask.to(a.device)
-        scores, choice = kernels.route(norms, mask, self.thresholds, leverage, floors, self.reduction)
-        self.routing.scores, self.routing.choice, self.routing.leverage = scores.detach(), choice, leverage
+        scores, choice = kernels.route(norms, mask, self.thresholds, leverage, self.reduction)
+        self.routing.scores, self.routing.choice = scores.detach(), choice
         return y, side if one else None, choice
 
     def _apply(self, fn, recurse: bool = True):

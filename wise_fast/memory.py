@@ -27,9 +27,9 @@ class SideMemory:
         index: [K] int64 sorted columns (neuron), or [d_out, ceil(d_ff/32)] int32 mask bits (element).
         shape: (d_out, d_ff) of the projection.
         threshold: eps of the routing rule, in score units; infinite while the memory holds no edit.
+        z_threshold: the same where scores are over the root of their leverage.
         factor: [K, r] fp32 thin factor of what it has not been taught (`protection.untaught_factor`), for leverage;
             None without the protected update.
-        ceiling: how much of that a prompt in its scope may hold, in squares of activations.
         edits: indices of the edits it holds, in the editor's order.
     """
 
@@ -38,8 +38,8 @@ class SideMemory:
     index: Tensor
     shape: tuple[int, int]
     threshold: float = float("inf")
+    z_threshold: float = float("inf")
     factor: Tensor | None = None
-    ceiling: float = float("inf")
     edits: tuple[int, ...] = ()
 
     @classmethod
@@ -59,9 +59,9 @@ class SideMemory:
         """The part of activations that the memory reads, fp32: [N, K] (neuron) or [N, d_ff] (element)."""
         return (a[:, self.index] if self.layout == "neuron" else a).float()
 
-    def novelty(self, selected: Tensor) -> float:
-        """Mean of `a P a^T` over the tokens of a prompt, activations from `select`: how little of it was taught."""
-        return float((selected @ self.factor).square().sum(-1).mean())
+    def spread(self, selected: Tensor) -> float:
+        """Root of a prompt's mean leverage, activations from `select`: what its score is measured by."""
+        return float((selected @ self.factor).square().sum(-1).mean().sqrt())
 
     def respond(self, selected: Tensor, values: Tensor | None = None) -> Tensor:
         """Side response `a D^T`, [N, d_out] fp32, of activations from `select`; `values` stand in for the memory's."""
@@ -104,7 +104,7 @@ class Bank:
         values, index: concatenated over memories (element bits are stacked, [J, d_out, words]).
         bounds: [J + 1] int64 into `values`, on its device: a change of bank is a change of data, not of code.
         thresholds: [J] fp32.
-        factors, ceilings: [sum K, r] and [J] fp32, or None when scores alone decide.
+        factors: [sum K, r] fp32, or None when scores are not over the root of their leverage.
     """
 
     values: Tensor
@@ -112,7 +112,6 @@ class Bank:
     bounds: Tensor
     thresholds: Tensor
     factors: Tensor | None
-    ceilings: Tensor | None
 
     @classmethod
     def pack(cls, memories: list[SideMemory], dtype: torch.dtype, route_by: str = "leverage") -> Bank | None:
@@ -129,12 +128,12 @@ class Bank:
         layout = memories[0].layout
         bounds = list(accumulate((m.values.shape[0] for m in memories), initial=0))
         joined = torch.cat if layout == "neuron" else torch.stack
-        factors = ceilings = None
+        factors, thresholds = None, [m.threshold for m in memories]
         if route_by == "leverage" and all(m.factor is not None for m in memories):
             rank = max(m.factor.shape[1] for m in memories)
             pad = torch.nn.functional.pad
             factors = torch.cat([pad(m.factor, (0, rank - m.factor.shape[1])) for m in memories])
-            ceilings = torch.tensor([m.ceiling for m in memories], device=factors.device)
+            thresholds = [m.z_threshold for m in memories]
         values = torch.cat([m.values for m in memories]).to(dtype)
         if layout == "element":
             # One more in the storage, so that kernels may read them in pairs.
@@ -143,7 +142,6 @@ class Bank:
             values,
             joined([m.index for m in memories]),
             torch.tensor(bounds, device=values.device),
-            torch.tensor([m.threshold for m in memories], device=values.device),
+            torch.tensor(thresholds, device=values.device),
             factors,
-            ceilings,
         )

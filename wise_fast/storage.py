@@ -186,7 +186,7 @@ def _facts(memory: SideMemory) -> dict:
         "shape": list(memory.shape),
         "threshold": _plain(memory.threshold),
         "rank": None if memory.factor is None else memory.factor.shape[1],
-        "ceiling": _plain(memory.ceiling),
+        "z_threshold": _plain(memory.z_threshold),
         "edits": list(memory.edits),
     }
 
@@ -220,7 +220,7 @@ def _state(header: dict, files: dict[str, bytes]) -> EditorState:
         factor = None if fact["rank"] is None else tensors.pop(f"memories.{number}.factor").float()
         values, index = tensors.pop(f"memories.{number}.values"), tensors.pop(f"memories.{number}.index")
         index = index.long() if fact["layout"] == "neuron" else index
-        limits = {name: _number(fact[name]) for name in ("threshold", "ceiling")}
+        limits = {name: _number(fact[name]) for name in ("threshold", "z_threshold")}
         shape, edits = tuple(fact["shape"]), tuple(fact["edits"])
         memory = SideMemory(fact["layout"], values.float(), index, shape, factor=factor, edits=edits, **limits)
         _require_sound(memory, tuple(header["base"]["shape"]), len(reports))
@@ -250,7 +250,7 @@ def _require_sound(memory: SideMemory, shape: tuple[int, int], reports: int) -> 
         sound = sound and memory.factor.ndim == 2 and len(memory.factor) == len(index)
         sound = sound and bool(memory.factor.isfinite().all())
     edits = all(isinstance(edit, int) and 0 <= edit < reports for edit in memory.edits)
-    if not (sound and edits and bool(values.isfinite().all()) and memory.threshold >= 0 and memory.ceiling >= 0):
+    if not (sound and edits and bool(values.isfinite().all()) and min(memory.threshold, memory.z_threshold) >= 0):
         raise StorageError(f"a memory ({memory.layout!r}, {memory.shape}, {len(memory.edits)} edits) is not sound")
 
 

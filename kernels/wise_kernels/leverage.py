@@ -1,6 +1,6 @@
-"""Leverage of tokens a [N, F] under J memories in the neuron layout (after DESIGN section 6): 1 - a_S P_j a_S^T / c_j
-with a_S = a[:, columns_j]. P_j says what memory j has not been taught, c_j how much of it a prompt in its scope may
-hold. P_j ~ U_j U_j^T with U_j [|S_j|, r] the rows bounds[j]:bounds[j+1] of `factors` [R, r].
+"""Leverage of tokens a [N, F] under J memories in the neuron layout: a_S P_j a_S^T with a_S = a[:, columns_j], how much
+of an activation memory j has not been taught (its ridge leverage score to the edits, Alaoui & Mahoney 2015, in units of
+lambda). P_j ~ U_j U_j^T with U_j [|S_j|, r] the rows bounds[j]:bounds[j+1] of `factors` [R, r].
 """
 
 import torch
@@ -10,31 +10,34 @@ from .checks import check_activations, check_bounds, check_columns, spans
 
 
 @torch.library.custom_op("wise::leverage", mutates_args=())
-def _leverage(a: Tensor, columns: Tensor, bounds: Tensor, factors: Tensor, ceilings: Tensor) -> Tensor:
+def _leverage(a: Tensor, columns: Tensor, bounds: Tensor, factors: Tensor) -> Tensor:
     out = a.new_empty(bounds.shape[0] - 1, a.shape[0], dtype=torch.float32)
-    # Autocast would round the products that this ratio exists to compare.
+    # Autocast would round the products that scores are measured by.
     with torch.autocast(a.device.type, enabled=False):
         for j, (low, high) in enumerate(spans(bounds, columns.shape[0])):
             # Squares of fp16 activations overflow at 256: go up before squaring, not after.
             active = a.index_select(1, columns[low:high]).float()
-            out[j] = 1 - (active @ factors[low:high].float()).square().sum(1) / ceilings[j].float()
+            out[j] = (active @ factors[low:high].float()).square().sum(1)
     return out
 
 
 @_leverage.register_kernel("cuda")
-def _(a, columns, bounds, factors, ceilings):
+def _(a, columns, bounds, factors):
     from .gpu import leverage
 
-    return leverage.leverage(a, columns, bounds, factors, ceilings)
+    return leverage.leverage(a, columns, bounds, factors)
 
 
 @_leverage.register_fake
-def _(a, columns, bounds, factors, ceilings):
+def _(a, columns, bounds, factors):
     return a.new_empty(bounds.shape[0] - 1, a.shape[0], dtype=torch.float32)
 
 
-def leverage(a: Tensor, columns: Tensor, bounds: Tensor, factors: Tensor, ceilings: Tensor) -> Tensor:
-    """Leverage of each token under each memory, 1 - ||a_S U_j||^2 / ceiling_j in fp32 (after DESIGN section 6).
+def leverage(a: Tensor, columns: Tensor, bounds: Tensor, factors: Tensor) -> Tensor:
+    """Leverage of each token under each memory, ||a_S U_j||^2 in fp32.
+
+    It is the variance of what ridge regression on the edits predicts at a_S, so the norm of a side response over its
+    root says how far the response is from chance (`route`). DESIGN section 6 takes the complement, as a share.
 
     Args:
         a: [N, F] activations, fp32, fp16 or bf16, any strides.
@@ -43,10 +46,9 @@ def leverage(a: Tensor, columns: Tensor, bounds: Tensor, factors: Tensor, ceilin
             belong to memory j.
         factors: [R, r] floating point; r is common to the memories, thinner factors are padded with zero columns. On a
             device, 16-bit activations are multiplied with 11 significant bits of them: all that fp16 holds.
-        ceilings: [J] floating point above 0, in squares of activations; infinity makes every leverage 1.
 
     Returns:
-        [J, N] fp32: 1 where a memory has been taught all of a token's activation, below 0 beyond its ceiling.
+        [J, N] fp32, in squares of activations; 0 where a memory has been taught all of a token's activation.
 
     Raises ValueError for shapes, dtypes or devices other than these, and on CPU for bounds that do not cover `columns`.
     """
@@ -55,9 +57,4 @@ def leverage(a: Tensor, columns: Tensor, bounds: Tensor, factors: Tensor, ceilin
         raise ValueError(f"factors must be a floating point [R, r], got {factors.dtype} {tuple(factors.shape)}")
     check_columns(columns, factors.shape[0])
     check_bounds(bounds, factors)
-    memories = bounds.shape[0] - 1
-    if ceilings.shape != (memories,) or not ceilings.is_floating_point():
-        raise ValueError(
-            f"ceilings must be a floating point [{memories}], got {ceilings.dtype} {tuple(ceilings.shape)}"
-        )
-    return _leverage(a, columns, bounds, factors, ceilings)
+    return _leverage(a, columns, bounds, factors)

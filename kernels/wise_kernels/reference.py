@@ -47,8 +47,8 @@ def gated_add(y, a, dense, choice):
     return y
 
 
-def route(norms, prompt_mask, thresholds, leverage=None, floors=None, reduction="mean"):
-    """score_j = mean (max) of norms_j over a sequence's prompt; then top-1 by score_j / eps_j or by mean leverage_j."""
+def route(norms, prompt_mask, thresholds, leverage=None, reduction="mean"):
+    """score_j = mean (max) of norms_j over a sequence's prompt, over sqrt(mean leverage_j); top-1 by score / eps."""
     scores = torch.zeros(prompt_mask.shape[0], norms.shape[0])
     choice = torch.full((prompt_mask.shape[0],), -1)
     for b, mask in enumerate(prompt_mask):
@@ -57,45 +57,37 @@ def route(norms, prompt_mask, thresholds, leverage=None, floors=None, reduction=
             tokens = norms[j].view(prompt_mask.shape)[b][mask].float()
             if len(tokens):
                 scores[b, j] = tokens.mean() if reduction == "mean" else tokens.max()
-            opened = bool(scores[b, j] > thresholds[j])
-            if leverage is None:
-                if opened and scores[b, j] / thresholds[j] > best:
-                    best, choice[b] = float(scores[b, j].detach() / thresholds[j]), j
-                continue
-            share = leverage[j].view(prompt_mask.shape)[b][mask].float().mean() if len(tokens) else torch.tensor(0.0)
-            if share > best:
-                passes = opened and (floors is None or bool(share >= floors[j]))
-                best, choice[b] = float(share), j if passes else -1
+                if leverage is not None:
+                    mean = leverage[j].view(prompt_mask.shape)[b][mask].float().mean()
+                    scores[b, j] = scores[b, j] / mean.clamp_min(1e-30).sqrt()
+            ratio = float(scores[b, j].detach() / thresholds[j])
+            if scores[b, j] > thresholds[j] and ratio > best:
+                best, choice[b] = ratio, j
     return scores, choice
 
 
-def leverage(a, columns, bounds, factors, ceilings):
-    """1 - a_S P_j a_S^T / ceiling_j with P_j = U_j U_j^T."""
-    out = torch.ones(len(bounds) - 1, a.shape[0])
+def leverage(a, columns, bounds, factors):
+    """a_S P_j a_S^T with P_j = U_j U_j^T."""
+    out = torch.zeros(len(bounds) - 1, a.shape[0])
     for j in range(len(bounds) - 1):
         rows = slice(bounds[j], bounds[j + 1])
         for n in range(a.shape[0]):
-            active = a[n, columns[rows]].float()
-            out[j, n] -= (active @ factors[rows].float()).square().sum() / ceilings[j]
+            out[j, n] = (a[n, columns[rows]].float() @ factors[rows].float()).square().sum()
     return out
 
 
-def sketched_route(a, dense, sketched, within, prompt_mask, thresholds, leverage=None, floors=None, reduction="mean"):
+def sketched_route(a, dense, sketched, within, prompt_mask, thresholds, leverage=None, reduction="mean"):
     """route by norms ||a_t D_j^T||, made exact only where sketched ones, ||a_t G_j^T||, do not decide: exact scores lie
     within [low, high] times sketched scores. dense [J, O, F], sketched [J, s, F]."""
     low, high = within
     norms, rough = (torch.einsum("nf,jof->jno", a.float(), d).square().sum(-1).sqrt() for d in (dense, sketched))
-    exact = route(norms, prompt_mask, thresholds, reduction=reduction)[0]
-    scores = route(rough, prompt_mask, thresholds, reduction=reduction)[0]
+    exact = route(norms, prompt_mask, thresholds, leverage, reduction)[0]
+    scores = route(rough, prompt_mask, thresholds, leverage, reduction)[0]
     choice = torch.full((len(prompt_mask),), -1)
-    for b, mask in enumerate(prompt_mask):
+    for b in range(len(prompt_mask)):
         rivals = [j for j in range(len(dense)) if high * scores[b, j] > thresholds[j]]
-        if leverage is None:
-            sure = [low * scores[b, j] / thresholds[j] for j in rivals if low * scores[b, j] > thresholds[j]]
-            rivals = [j for j in rivals if high * scores[b, j] / thresholds[j] >= max(sure, default=0)]
-        elif mask.any():
-            share = leverage.float().view(-1, *prompt_mask.shape)[:, b, mask].mean(-1)
-            rivals = [j for j in rivals if j == share.argmax() and (floors is None or share[j] >= floors[j])]
+        sure = [low * scores[b, j] / thresholds[j] for j in rivals if low * scores[b, j] > thresholds[j]]
+        rivals = [j for j in rivals if high * scores[b, j] / thresholds[j] >= max(sure, default=0)]
         if len(rivals) > 1 or (rivals and low * scores[b, rivals[0]] <= thresholds[rivals[0]]):
             scores[b, rivals] = exact[b, rivals]
         rivals = [j for j in rivals if scores[b, j] > thresholds[j]]

@@ -1,12 +1,13 @@
 """Routing of B sequences of T tokens to J memories from token norms [J, N], N = B T: score_j = mean (or max) of norms_j
-over the sequence's prompt tokens (eq. 3), then top-1 (eq. 6): j* = argmax_j score_j / eps_j among those above eps_j,
-or j* = argmax_j of the mean leverage, in scope when score_j* > eps_j* and leverage_j* >= floor_j*. All on the device.
+over the sequence's prompt tokens (eq. 3), over the root of its mean leverage_j [J, N] where that is given, then top-1
+(eq. 6): j* = argmax_j score_j / eps_j among those above eps_j. All on the device.
 """
 
 import torch
 from torch import Tensor
 
 REDUCTIONS = ("mean", "max")
+LEAST = 1e-30  # a leverage that scores are divided by
 
 
 def reduce_tokens(tokens: Tensor, mask: Tensor, reduction: str) -> Tensor:
@@ -20,87 +21,81 @@ def reduce_tokens(tokens: Tensor, mask: Tensor, reduction: str) -> Tensor:
     return kept.amax(-1).t()
 
 
+def spread(leverage: Tensor, mask: Tensor) -> Tensor:
+    """[B, J] root of the mean leverage of each sequence; its maximum would be that of one new word."""
+    return reduce_tokens(leverage, mask, "mean").clamp_min(LEAST).sqrt()
+
+
 @torch.library.custom_op("wise::route", mutates_args=())
 def _route(
-    norms: Tensor,
-    prompt_mask: Tensor,
-    thresholds: Tensor,
-    leverage: Tensor | None,
-    floors: Tensor | None,
-    reduction: str,
+    norms: Tensor, prompt_mask: Tensor, thresholds: Tensor, leverage: Tensor | None, reduction: str
 ) -> tuple[Tensor, Tensor]:
     scores = reduce_tokens(norms, prompt_mask, reduction).contiguous()
     # argmax has no answer over no memories.
     if norms.shape[0] == 0:
         return scores, torch.full((prompt_mask.shape[0],), -1, dtype=torch.int64, device=norms.device)
-    in_scope = scores > thresholds.float()
-    if leverage is None:
-        # Closed memories drop out first, so 0 / 0 at a zero threshold cannot win the argmax as NaN.
-        rank = torch.where(in_scope, scores / thresholds.float(), -torch.inf)
-    else:
-        # Averaged, whatever the reduction: its maximum over tokens is near 1 for any prompt with one familiar token.
-        rank = reduce_tokens(leverage, prompt_mask, "mean")
-        if floors is not None:
-            in_scope = in_scope & (rank >= floors.float())
+    if leverage is not None:
+        scores = scores / spread(leverage, prompt_mask)
+    return scores, choose(scores, scores > thresholds.float(), thresholds)
+
+
+def choose(scores: Tensor, in_scope: Tensor, thresholds: Tensor) -> Tensor:
+    """[B] the memory of the largest score over threshold among those in scope [B, J], -1 where there is none."""
+    # Closed memories drop out first, so 0 / 0 at a zero threshold cannot win the argmax as NaN.
+    rank = torch.where(in_scope, scores / thresholds.float(), -torch.inf)
     best = rank.argmax(-1, keepdim=True)
     # argmax takes the first of equals, which makes ties go to the lower index on every device.
-    return scores, torch.where(in_scope.gather(1, best), best, -1).squeeze(1)
+    return torch.where(in_scope.gather(1, best), best, -1).squeeze(1)
 
 
 @_route.register_kernel("cuda")
-def _(norms, prompt_mask, thresholds, leverage, floors, reduction):
+def _(norms, prompt_mask, thresholds, leverage, reduction):
     from .gpu import route
 
-    return route.route(norms, prompt_mask, thresholds, leverage, floors, reduction)
+    return route.route(norms, prompt_mask, thresholds, leverage, reduction)
 
 
 @_route.register_fake
-def _(norms, prompt_mask, thresholds, leverage, floors, reduction):
+def _(norms, prompt_mask, thresholds, leverage, reduction):
     batch = prompt_mask.shape[0]
     scores = norms.new_empty(batch, norms.shape[0], dtype=torch.float32)
     return scores, norms.new_empty(batch, dtype=torch.int64)
 
 
 def _setup_context(ctx, inputs, output):
-    norms, prompt_mask, *_, ctx.reduction = inputs
-    ctx.save_for_backward(norms, prompt_mask, output[0])
+    norms, mask, _, leverage, ctx.reduction = inputs
+    ctx.save_for_backward(norms, mask, leverage)
 
 
 def _backward(ctx, grad_scores, grad_choice):
-    norms, mask, scores = ctx.saved_tensors
+    norms, mask, leverage = ctx.saved_tensors
+    if leverage is not None:
+        grad_scores = grad_scores / spread(leverage, mask)
     share = mask.unsqueeze(0)
     if ctx.reduction == "max":
         # Equal maxima share the gradient, as in torch.amax.
-        share = share & (norms.float().unflatten(1, mask.shape) == scores.t().unsqueeze(-1))
+        largest = reduce_tokens(norms, mask, "max")
+        share = share & (norms.float().unflatten(1, mask.shape) == largest.t().unsqueeze(-1))
     share = share / share.sum(-1, keepdim=True).clamp_min(1)
     grad = (grad_scores.t().unsqueeze(-1) * share).flatten(1).to(norms.dtype)
-    return grad, None, None, None, None, None
+    return grad, None, None, None, None
 
 
 _route.register_autograd(_backward, setup_context=_setup_context)
 
 
 def check_route(
-    memories: int,
-    tokens: int,
-    prompt_mask: Tensor,
-    thresholds: Tensor,
-    leverage: Tensor | None,
-    floors: Tensor | None,
-    reduction: str,
+    memories: int, tokens: int, prompt_mask: Tensor, thresholds: Tensor, leverage: Tensor | None, reduction: str
 ) -> None:
     """Raise ValueError unless these route `tokens` tokens to `memories` memories, as `route` describes them."""
     if prompt_mask.dim() != 2 or prompt_mask.dtype != torch.bool or prompt_mask.numel() != tokens:
         raise ValueError(
             f"prompt_mask must be bool [B, T] with B T = {tokens}, got {prompt_mask.dtype} {tuple(prompt_mask.shape)}"
         )
-    for name, tensor in (("thresholds", thresholds), ("floors", floors)):
-        if tensor is not None and (tensor.dim() != 1 or tensor.shape[0] != memories):
-            raise ValueError(f"{name} must be [{memories}], got {tuple(tensor.shape)}")
+    if thresholds.dim() != 1 or thresholds.shape[0] != memories:
+        raise ValueError(f"thresholds must be [{memories}], got {tuple(thresholds.shape)}")
     if leverage is not None and tuple(leverage.shape) != (memories, tokens):
         raise ValueError(f"leverage must be [{memories}, {tokens}], got {tuple(leverage.shape)}")
-    if floors is not None and leverage is None:
-        raise ValueError("floors bound the leverage: pass leverage too")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
 
@@ -110,7 +105,6 @@ def route(
     prompt_mask: Tensor,
     thresholds: Tensor,
     leverage: Tensor | None = None,
-    floors: Tensor | None = None,
     reduction: str = "mean",
 ) -> tuple[Tensor, Tensor]:
     """Score every sequence under every memory and choose at most one memory for it (eqs. 3 and 6).
@@ -121,17 +115,17 @@ def route(
         norms: [J, N] floating point, ||a_t D_j^T||_2 by token, sequence b in columns b*T:(b+1)*T. Not negative.
         prompt_mask: [B, T] bool, N = B T; True at prompt tokens. Padding never counts, whatever it holds.
         thresholds: [J] eps_j >= 0. Infinity closes a memory.
-        leverage: [J, N] (see `leverage`); ranks memories by its mean over the prompt in place of score / eps.
-        floors: [J] least mean leverage at which a memory is in scope; only with `leverage`.
-        reduction: "mean" or "max", over the prompt tokens, for the score.
+        leverage: [J, N] (see `leverage`). With it a score is in standard errors: over the root of the sequence's mean
+            leverage, so that what a memory was not taught counts little, however loud. None scores as the paper does.
+        reduction: "mean" or "max", over the prompt tokens, for the norms.
 
     Returns:
         scores [B, J] fp32 (0 for an empty prompt) and choice [B] int64, -1 for the main memory. Ties go to the lower
         index.
 
-    Raises ValueError for shapes or dtypes other than these, floors without leverage, or an unknown reduction.
+    Raises ValueError for shapes or dtypes other than these, or an unknown reduction.
     """
     if norms.dim() != 2 or not norms.is_floating_point():
         raise ValueError(f"norms must be a floating point [J, N], got {norms.dtype} {tuple(norms.shape)}")
-    check_route(*norms.shape, prompt_mask, thresholds, leverage, floors, reduction)
-    return _route(norms, prompt_mask, thresholds, leverage, floors, reduction)
+    check_route(*norms.shape, prompt_mask, thresholds, leverage, reduction)
+    return _route(norms, prompt_mask, thresholds, leverage, reduction)

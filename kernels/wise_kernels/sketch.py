@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import autocast, check_neuron, spans
-from .route import check_route, reduce_tokens
+from .route import check_route, choose, reduce_tokens, spread
 
 # The interval is wider by this for the rounding of sketch and product (tf32 keeps 2^-11).
 ROUNDING = 2.0**-8
@@ -54,24 +54,15 @@ def sketch_bound(size: int, failure: float) -> tuple[float, float]:
     return 1 / math.sqrt(roots[1]) * (1 - ROUNDING), 1 / math.sqrt(roots[0]) * (1 + ROUNDING)
 
 
-def contend(
-    scores: Tensor, thresholds: Tensor, shares: Tensor | None, floors: Tensor | None, low: float, high: float
-) -> Tensor:
+def contend(scores: Tensor, thresholds: Tensor, low: float, high: float) -> Tensor:
     """What sketched scores [B, J] leave open, [B, J] int32: 0 the memory cannot be chosen, 2 it is, 1 its exact score
-    decides. shares [B, J] are mean leverages."""
+    decides."""
     thresholds = thresholds.float()
     possible, certain = scores * high > thresholds, scores * low > thresholds
-    if shares is None:
-        ratio = scores / thresholds
-        beaten = torch.where(certain, ratio * low, -torch.inf).amax(-1, keepdim=True) > ratio * high
-        possible = possible & ~beaten
-        certain = certain & (possible.sum(-1, keepdim=True) == 1)
-    else:
-        shares = torch.where(shares.isnan(), -torch.inf, shares)
-        first = torch.zeros_like(possible).scatter_(1, shares.argmax(-1, keepdim=True), True)
-        possible = possible & first & (shares > -torch.inf)
-        if floors is not None:
-            possible = possible & (shares >= floors.float())
+    ratio = scores / thresholds
+    beaten = torch.where(certain, ratio * low, -torch.inf).amax(-1, keepdim=True) > ratio * high
+    possible = possible & ~beaten
+    certain = certain & (possible.sum(-1, keepdim=True) == 1)
     return possible.to(torch.int32) * (1 + certain.to(torch.int32))
 
 
@@ -87,7 +78,6 @@ def _sketched_route(
     low: float,
     high: float,
     leverage: Tensor | None,
-    floors: Tensor | None,
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
     batch, memories = prompt_mask.shape[0], bounds.shape[0] - 1
@@ -99,32 +89,30 @@ def _sketched_route(
             active = a.index_select(1, columns[start:end]).float()
             norms[j] = torch.linalg.vector_norm(active @ sketched[start:end].float(), dim=1)
     scores = reduce_tokens(norms, prompt_mask, reduction).contiguous()
-    shares = None if leverage is None else reduce_tokens(leverage, prompt_mask, "mean")
-    states = contend(scores, thresholds, shares, floors, low, high)
+    divisor = torch.ones_like(scores) if leverage is None else spread(leverage, prompt_mask)
+    scores = scores / divisor
+    states = contend(scores, thresholds, low, high)
     by_sequence = a.unflatten(0, prompt_mask.shape)
     for j in (states == 1).any(0).nonzero().flatten().tolist():
         start, end = found[j]
         open_j = states[:, j] == 1
         rows = by_sequence[open_j].flatten(0, 1)
         exact = torch.linalg.vector_norm(rows[:, columns[start:end]] @ values[start:end], dim=1, dtype=torch.float32)
-        scores[open_j, j] = reduce_tokens(exact[None], prompt_mask[open_j], reduction)[:, 0]
-    in_scope = (states > 0) & (scores > thresholds.float())
-    rank = torch.where(in_scope, scores / thresholds.float(), -torch.inf)
-    best = rank.argmax(-1, keepdim=True)
-    return scores, torch.where(in_scope.gather(1, best), best, -1).squeeze(1)
+        scores[open_j, j] = reduce_tokens(exact[None], prompt_mask[open_j], reduction)[:, 0] / divisor[open_j, j]
+    return scores, choose(scores, (states > 0) & (scores > thresholds.float()), thresholds)
 
 
 @_sketched_route.register_kernel("cuda")
-def _(a, values, columns, bounds, sketched, prompt_mask, thresholds, low, high, leverage, floors, reduction):
+def _(a, values, columns, bounds, sketched, prompt_mask, thresholds, low, high, leverage, reduction):
     from .gpu import sketch
 
     return sketch.sketched_route(
-        a, values, columns, bounds, sketched, prompt_mask, thresholds, low, high, leverage, floors, reduction
+        a, values, columns, bounds, sketched, prompt_mask, thresholds, low, high, leverage, reduction
     )
 
 
 @_sketched_route.register_fake
-def _(a, values, columns, bounds, sketched, prompt_mask, thresholds, low, high, leverage, floors, reduction):
+def _(a, values, columns, bounds, sketched, prompt_mask, thresholds, low, high, leverage, reduction):
     batch, memories = prompt_mask.shape[0], bounds.shape[0] - 1
     return a.new_empty(batch, memories, dtype=torch.float32), bounds.new_empty(batch)
 
@@ -139,7 +127,6 @@ def sketched_route(
     thresholds: Tensor,
     within: tuple[float, float],
     leverage: Tensor | None = None,
-    floors: Tensor | None = None,
     reduction: str = "mean",
 ) -> tuple[Tensor, Tensor]:
     """`route` for a bank of many memories, whose norms are sketched first and exact where that does not decide.
@@ -158,7 +145,7 @@ def sketched_route(
         prompt_mask: [B, T] bool, N = B T; True at prompt tokens. Padding never counts, whatever it holds.
         thresholds: [J] eps_j >= 0. Infinity closes a memory.
         within: factors of `sketch_bound`.
-        leverage, floors, reduction: as in `route`.
+        leverage, reduction: as in `route`.
 
     Returns:
         scores [B, J] fp32, exact or sketched, and choice [B] int64, -1 for the main memory; ties go to the lower index.
@@ -174,7 +161,7 @@ def sketched_route(
     low, high = within
     if not 0 < low <= 1 <= high:
         raise ValueError(f"within must be factors 0 < low <= 1 <= high, got {within}")
-    check_route(memories, a.shape[0], prompt_mask, thresholds, leverage, floors, reduction)
+    check_route(memories, a.shape[0], prompt_mask, thresholds, leverage, reduction)
     return _sketched_route(
-        a, values, columns, bounds, sketched, prompt_mask, thresholds, low, high, leverage, floors, reduction
+        a, values, columns, bounds, sketched, prompt_mask, thresholds, low, high, leverage, reduction
     )

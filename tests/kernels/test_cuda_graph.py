@@ -4,6 +4,7 @@ at real sizes on tensors that have no data.
 """
 
 from contextlib import nullcontext
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from wise_kernels import (
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH, TOKENS, WIDTH, OUTPUTS = 3, 8, 96, 40
+NEW = 20  # features that no memory was taught
 
 
 class Chain(nn.Module):
@@ -35,19 +37,18 @@ class Chain(nn.Module):
     def __init__(self, dtype):
         super().__init__()
         values, columns, bounds = neuron_bank((40, 17, 30), width=WIDTH, outputs=OUTPUTS, dtype=dtype)
-        factors = torch.cat([torch.linalg.qr(normal(n, 9, seed=n))[0] for n in (40, 17, 30)]).half().float()
+        factors = torch.cat([new_to(columns[low:high], seed=low) for low, high in pairwise(bounds.tolist())])
         tensors = {"values": values, "columns": columns, "bounds": bounds, "factors": factors}
         tensors |= {
             "weight": normal(OUTPUTS, WIDTH, seed=9, dtype=dtype),
-            "thresholds": torch.tensor([30.0, 20.0, 25.0]),
-            "ceilings": torch.tensor([200.0, 90.0, 150.0]),
+            "thresholds": torch.tensor([1.0, 2.0, 1.5]),
         }
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
 
     def forward(self, a, mask):
         y, _, norms = dual_forward(a, self.weight, None, self.values, self.columns, self.bounds, response=False)
-        share = leverage(a, self.columns, self.bounds, self.factors, self.ceilings)
+        share = leverage(a, self.columns, self.bounds, self.factors)
         scores, choice = route(norms, mask, self.thresholds, share)
         gated_add_(y, a, self.values, self.columns, self.bounds, choice)
         return y, scores, choice
@@ -56,16 +57,22 @@ class Chain(nn.Module):
         bank = [t.cpu() for t in (self.values, self.columns, self.bounds)]
         dense = reference.dense_neuron(*bank, WIDTH)
         y, _, norms = reference.dual_forward(a.cpu(), self.weight.cpu(), None, dense)
-        share = reference.leverage(a.cpu(), *bank[1:], self.factors.cpu(), self.ceilings.cpu())
+        share = reference.leverage(a.cpu(), *bank[1:], self.factors.cpu())
         choice = reference.route(norms, mask.cpu(), self.thresholds.cpu(), share)[1]
         return reference.gated_add(y, a.cpu(), dense, choice), choice
 
 
+def new_to(columns, seed):
+    """A factor of a memory that was taught everything but the first features."""
+    return (0.03 * normal(len(columns), 7, seed=seed) + 30.0 * (columns < NEW)[:, None]).half().float()
+
+
 def prompts(dtype):
-    """Activations out of scope, all in scope, and one sequence in scope, by their size."""
+    """Activations out of scope, all in scope, and one sequence in scope, by whether they hold what is new."""
     a = normal(BATCH * TOKENS, WIDTH, seed=4)
-    mixed = (a.view(BATCH, TOKENS, WIDTH) * torch.tensor([1e-3, 3.0, 1e-3])[:, None, None]).flatten(0, 1)
-    return [x.to(dtype).to(DEVICE) for x in (1e-3 * a, 3 * a, mixed, 1e-3 * a)]
+    known = a * (torch.arange(WIDTH) >= NEW)
+    mixed = torch.where(torch.arange(BATCH * TOKENS)[:, None] // TOKENS == 1, known, a)
+    return [x.to(dtype).to(DEVICE) for x in (a, known, mixed, a)]
 
 
 def recorded(run, *static):
@@ -155,7 +162,7 @@ def test_sketched_routing_is_one_cuda_graph():
 
     def choose(a, mask):
         bank = chain.values, chain.columns, chain.bounds, sketched
-        return sketched_route(a, *bank, mask, chain.thresholds, sketch_bound(16, 1e-6))[1]
+        return sketched_route(a, *bank, mask, 20 * chain.thresholds, sketch_bound(16, 1e-6))[1]
 
     replay = recorded(choose, inputs[0].clone(), mask.clone())
     for a in inputs:
@@ -166,11 +173,11 @@ def served(dtype):
     """A projection with three memories that are told apart by leverage."""
     torch.manual_seed(0)
     module, rng, memories = DualMemoryLinear(nn.Linear(WIDTH, OUTPUTS, bias=True)), torch.Generator().manual_seed(1), []
-    for threshold in (30.0, 20.0, 25.0):
+    for threshold in (1.0, 2.0, 1.5):
         memory = SideMemory.blank("neuron", (OUTPUTS, WIDTH), 0.4, rng, "cpu")
-        factor = torch.linalg.qr(torch.randn(len(memory.values), 7, generator=rng))[0].half().float()
+        factor = new_to(memory.index, len(memories))
         values = torch.randn(memory.values.shape, generator=rng)
-        memories.append(memory.replace(values=values, threshold=threshold, factor=factor, ceiling=300.0, edits=(0,)))
+        memories.append(memory.replace(values=values, z_threshold=threshold, factor=factor, edits=(0,)))
     module.to(dtype).to(DEVICE).requires_grad_(False)
     module.set_bank(Bank.pack(memories, dtype))
     return module
@@ -273,15 +280,13 @@ def test_launchers_read_nothing_on_the_host(launches, memories, batch, tokens):
         popcounts = torch.empty(memories, 4096, 172, **kind).int()
         counts = []
         for run in (
-            lambda: routes.route(norms, mask, thresholds, None, None, "mean"),
-            lambda: routes.route(norms, mask, thresholds, norms, thresholds, "max"),
-            lambda: lever.leverage(a, index, bounds, factors, thresholds),
+            lambda: routes.route(norms, mask, thresholds, None, "mean"),
+            lambda: routes.route(norms, mask, thresholds, norms, "max"),
+            lambda: lever.leverage(a, index, bounds, factors),
             lambda: gated_add.gated_add(y, a, values, index, bounds, choice),
             lambda: gated_rows.add_side(y, torch.empty(memories, rows, 4096, **kind), choice),
             lambda: gated_add_element.gated_add_element(y, a, packed, bits, bounds, choice, popcounts),
-            lambda: sketch.sketched_route(
-                a, values, index, bounds, factors, mask, thresholds, 0.7, 1.5, None, None, "mean"
-            ),
+            lambda: sketch.sketched_route(a, values, index, bounds, factors, mask, thresholds, 0.7, 1.5, None, "mean"),
         ):
             before = len(launches)
             run()

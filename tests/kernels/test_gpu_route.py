@@ -17,9 +17,9 @@ def on(device, tensors):
     return [t if t is None else t.to(device) for t in tensors]
 
 
-def check(device, norms, mask, thresholds, leverage=None, floors=None, reduction="mean"):
-    scores, choice = gpu.route(*on(device, (norms, mask, thresholds, leverage, floors)), reduction)
-    scores_ref, choice_ref = reference.route(norms, mask, thresholds, leverage, floors, reduction)
+def check(device, norms, mask, thresholds, leverage=None, reduction="mean"):
+    scores, choice = gpu.route(*on(device, (norms, mask, thresholds, leverage)), reduction)
+    scores_ref, choice_ref = reference.route(norms, mask, thresholds, leverage, reduction)
     assert scores.dtype == torch.float32 and choice.dtype == torch.int64
     assert_fp32(scores.cpu(), scores_ref)
     assert torch.equal(choice.cpu(), choice_ref)
@@ -36,13 +36,13 @@ def test_ragged_cases_match_the_definition(device, launches, poisoned):
     @settings(max_examples=15)
     @given(
         st.sampled_from([1, 2, 3, 5, 17]), st.integers(1, 5), st.sampled_from([1, 7, 9]),
-        st.sampled_from(["mean", "max"]), st.integers(0, 2**20), st.sampled_from(["score", "leverage", "floors"]),
+        st.sampled_from(["mean", "max"]), st.integers(0, 2**20), st.booleans(),
         st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     )  # fmt: skip
-    def run(memories, batch, tokens, reduction, seed, rule, dtype):
-        norms, mask, thresholds, leverage, floors = case(memories, batch, tokens, seed, dtype)
-        leverage = None if rule == "score" else leverage
-        check(device, norms, mask, thresholds, leverage, floors if rule == "floors" else None, reduction)
+    def run(memories, batch, tokens, reduction, seed, leveraged, dtype):
+        norms, mask, thresholds, leverage = case(memories, batch, tokens, seed, dtype)
+        leverage = leverage if leveraged else None
+        check(device, norms, mask, thresholds, leverage, reduction)
 
     run()
 
@@ -50,21 +50,21 @@ def test_ragged_cases_match_the_definition(device, launches, poisoned):
 @pytest.mark.parametrize("reduction", ["mean", "max"])
 @pytest.mark.parametrize("memories,batch,tokens", [(1, 2, 1025), (4, 1, 513), (64, 2, 100), (65, 1, 63), (130, 1, 7)])
 def test_many_memories_and_long_prompts(device, poisoned, memories, batch, tokens, reduction):
-    norms, mask, thresholds, leverage, floors = case(memories, batch, tokens, memories)
-    check(device, norms, mask, thresholds, None, None, reduction)
-    check(device, norms, mask, thresholds, leverage, floors, reduction)
+    norms, mask, thresholds, leverage = case(memories, batch, tokens, memories)
+    check(device, norms, mask, thresholds, None, reduction)
+    check(device, norms, mask, thresholds, leverage, reduction)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "max"])
 def test_padding_never_counts_and_strides_do_not_matter(device, launches, poisoned, reduction):
-    norms, mask, thresholds, leverage, floors = case(3, 4, 9, 1)
+    norms, mask, thresholds, leverage = case(3, 4, 9, 1)
     mask[2] = False
     norms[:, ~mask.flatten()], leverage[:, ~mask.flatten()] = float("nan"), INF
-    check(device, norms, mask, thresholds, leverage, floors, reduction)
+    check(device, norms, mask, thresholds, leverage, reduction)
     wide = torch.zeros(4, 20, dtype=torch.bool)
     wide[:, 1:19:2] = mask
     strided = torch.stack([norms, norms], 1)[:, 0], wide[:, 1:19:2], torch.stack([thresholds, thresholds], 1)[:, 0]
-    check(device, *strided, leverage.t().contiguous().t(), None, reduction)
+    check(device, *strided, leverage.t().contiguous().t(), reduction)
 
 
 def test_degenerate_thresholds_and_ties(device, launches):
@@ -74,7 +74,7 @@ def test_degenerate_thresholds_and_ties(device, launches):
         check(device, norms, mask, torch.tensor(thresholds))
         check(device, norms, mask, torch.tensor(thresholds), torch.tensor([[0.1], [0.5], [0.5]]).expand(3, 2))
     check(device, torch.full((5, 2), 2.0), mask, torch.ones(5))
-    infinite = torch.full((3, 2), INF), mask, torch.tensor([INF, INF, 1.0]), None, None
+    infinite = torch.full((3, 2), INF), mask, torch.tensor([INF, INF, 1.0]), None
     assert gpu.route(*on(device, infinite), "mean")[1].tolist() == [2]
 
 
@@ -82,9 +82,9 @@ def test_degenerate_thresholds_and_ties(device, launches):
 def test_nan_in_a_prompt_closes_its_memory(device, launches, reduction):
     norms, mask = torch.full((3, 4), 5.0), torch.ones(2, 2, dtype=torch.bool)
     norms[0, 1] = float("nan")
-    scores, choice = gpu.route(*on(device, (norms, mask, torch.ones(3), None, None)), reduction)
+    scores, choice = gpu.route(*on(device, (norms, mask, torch.ones(3), None)), reduction)
     assert scores.isnan().tolist() == [[True, False, False], [False] * 3] and choice.tolist() == [1, 0]
-    scores, choice = gpu.route(*on(device, (norms, mask, torch.ones(3), norms, None)), reduction)
+    scores, choice = gpu.route(*on(device, (norms, mask, torch.ones(3), norms)), reduction)
     assert choice.tolist() == [1, 0]
 
 
@@ -93,15 +93,15 @@ def test_empty(device, launches, memories, batch, tokens):
     mask = torch.ones(batch, tokens, dtype=torch.bool, device=device)
     norms, thresholds = torch.rand(memories, batch * tokens, device=device), torch.zeros(memories, device=device)
     for leverage in (None, norms):
-        scores, choice = gpu.route(norms, mask, thresholds, leverage, None, "mean")
+        scores, choice = gpu.route(norms, mask, thresholds, leverage, "mean")
         assert torch.equal(scores.cpu(), torch.zeros(batch, memories))
         assert torch.equal(choice.cpu(), torch.full((batch,), -1))
 
 
 def test_equal_launches_give_equal_bits(device, launches):
-    norms, mask, thresholds, leverage, floors = on(device, case(5, 3, 100, 7))
-    first = gpu.route(norms, mask, thresholds, leverage, floors, "mean")
-    again = gpu.route(norms, mask, thresholds, leverage, floors, "mean")
+    norms, mask, thresholds, leverage = on(device, case(5, 3, 100, 7))
+    first = gpu.route(norms, mask, thresholds, leverage, "mean")
+    again = gpu.route(norms, mask, thresholds, leverage, "mean")
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
@@ -109,9 +109,9 @@ def test_equal_launches_give_equal_bits(device, launches):
 @given(st.integers(0, 2**20))
 def test_a_sequence_does_not_depend_on_its_batch(seed):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    norms, mask, thresholds, leverage, floors = on(device, case(3, 4, 9, seed))
-    scores, choice = gpu.route(norms, mask, thresholds, leverage, floors, "mean")
+    norms, mask, thresholds, leverage = on(device, case(3, 4, 9, seed))
+    scores, choice = gpu.route(norms, mask, thresholds, leverage, "mean")
     b = int(torch.randint(4, (), generator=generator(seed)))
-    part = norms[:, 9 * b : 9 * b + 9], mask[b : b + 1], thresholds, leverage[:, 9 * b : 9 * b + 9], floors
+    part = norms[:, 9 * b : 9 * b + 9], mask[b : b + 1], thresholds, leverage[:, 9 * b : 9 * b + 9]
     alone = gpu.route(*part, "mean")
     assert torch.equal(alone[0][0], scores[b]) and torch.equal(alone[1][0], choice[b])

@@ -17,20 +17,19 @@ def case(memories, batch, tokens, seed, dtype=torch.float32):
     rng = generator(seed)
     norms, leverage = (torch.rand(memories, batch * tokens, generator=rng).to(dtype) for _ in range(2))
     mask = torch.rand(batch, tokens, generator=rng) < 0.6
-    return norms, mask, 0.7 * torch.rand(memories, generator=rng), leverage, 0.8 * torch.rand(memories, generator=rng)
+    return norms, mask, 0.7 * torch.rand(memories, generator=rng), leverage
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 4), st.integers(1, 5), st.integers(1, 9), st.sampled_from(["mean", "max"]), st.integers(0, 2**20),
-    st.sampled_from(["score", "leverage", "floors"]), st.sampled_from([torch.float32, torch.bfloat16]),
+    st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]),
 )  # fmt: skip
-def test_matches_the_definition(memories, batch, tokens, reduction, seed, rule, dtype):
-    norms, mask, thresholds, leverage, floors = case(memories, batch, tokens, seed, dtype)
-    leverage = None if rule == "score" else leverage
-    floors = floors if rule == "floors" else None
-    scores, choice = route(norms, mask, thresholds, leverage, floors, reduction)
-    scores_ref, choice_ref = reference.route(norms, mask, thresholds, leverage, floors, reduction)
+def test_matches_the_definition(memories, batch, tokens, reduction, seed, leveraged, dtype):
+    norms, mask, thresholds, leverage = case(memories, batch, tokens, seed, dtype)
+    leverage = leverage if leveraged else None
+    scores, choice = route(norms, mask, thresholds, leverage, reduction)
+    scores_ref, choice_ref = reference.route(norms, mask, thresholds, leverage, reduction)
     assert scores.dtype == torch.float32 and choice.dtype == torch.int64
     assert_fp32(scores, scores_ref)
     assert torch.equal(choice, choice_ref)
@@ -38,7 +37,7 @@ def test_matches_the_definition(memories, batch, tokens, reduction, seed, rule, 
 
 @pytest.mark.parametrize("reduction", ["mean", "max"])
 def test_padding_never_counts(reduction):
-    norms, mask, thresholds, leverage, _ = case(3, 4, 9, 1)
+    norms, mask, thresholds, leverage = case(3, 4, 9, 1)
     expected = route(norms, mask, thresholds, leverage, reduction=reduction)
     norms, leverage = norms.clone(), leverage.clone()
     norms[:, ~mask.flatten()], leverage[:, ~mask.flatten()] = float("nan"), INF
@@ -47,7 +46,7 @@ def test_padding_never_counts(reduction):
 
 
 def test_a_sequence_does_not_depend_on_its_batch():
-    norms, mask, thresholds, _, _ = case(3, 5, 8, 2)
+    norms, mask, thresholds, _ = case(3, 5, 8, 2)
     scores, choice = route(norms, mask, thresholds)
     for b in range(5):
         alone = route(norms.view(3, 5, 8)[:, b], mask[b : b + 1], thresholds)
@@ -77,47 +76,50 @@ def test_degenerate_thresholds_and_ties():
     assert choice(0.0, 3.0, 3.0) == -1
 
 
-def test_leverage_picks_then_the_score_decides():
-    norms, mask = torch.tensor([[9.0], [2.0]]), torch.ones(1, 1, dtype=torch.bool)
-    leverage, thresholds = torch.tensor([[0.1], [0.8]]), torch.ones(2)
-    assert int(route(norms, mask, thresholds)[1]) == 0
-    assert int(route(norms, mask, thresholds, leverage)[1]) == 1
-    assert int(route(norms, mask, torch.tensor([1.0, 5.0]), leverage)[1]) == -1
-    assert int(route(norms, mask, thresholds, leverage, torch.tensor([0.0, 0.9]))[1]) == -1
-    assert int(route(norms, mask, thresholds, leverage, torch.tensor([0.0, 0.8]))[1]) == 1
+def test_what_a_memory_was_not_taught_counts_little_however_loud():
+    norms, mask, thresholds = torch.tensor([[9.0, 3.0], [2.0, 2.0]]), torch.ones(1, 2, dtype=torch.bool), torch.ones(2)
+    leverage = torch.tensor([[30.0, 42.0], [0.5, 0.0]])
+    assert route(norms, mask, thresholds)[1].tolist() == [0]
+    scores, choice = route(norms, mask, thresholds, leverage)
+    assert_fp32(scores, torch.tensor([[6 / 36**0.5, 2 / 0.25**0.5]]))
+    assert choice.tolist() == [1]
+    assert route(norms, mask, torch.tensor([1.0, 5.0]), leverage)[1].tolist() == [-1]
+    scores, choice = route(norms, mask, thresholds, torch.zeros(2, 2))
+    assert scores.isfinite().all() and choice.tolist() == [0]
 
 
+@pytest.mark.parametrize("leveraged", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "max"])
-def test_scores_carry_the_gradient_of_the_definition(reduction):
-    norms, mask, thresholds, _, _ = case(3, 4, 9, 6)
+def test_scores_carry_the_gradient_of_the_definition(reduction, leveraged):
+    norms, mask, thresholds, leverage = case(3, 4, 9, 6)
+    leverage = leverage if leveraged else None
     mask[2] = False
     norms.requires_grad_()
     weights = torch.rand(4, 3, generator=generator(7))
-    (got,) = torch.autograd.grad((route(norms, mask, thresholds, reduction=reduction)[0] * weights).sum(), norms)
+    (got,) = torch.autograd.grad((route(norms, mask, thresholds, leverage, reduction)[0] * weights).sum(), norms)
     (expected,) = torch.autograd.grad(
-        (reference.route(norms, mask, thresholds, reduction=reduction)[0] * weights).sum(), norms
+        (reference.route(norms, mask, thresholds, leverage, reduction)[0] * weights).sum(), norms
     )
     assert_fp32(got, expected)
 
 
 def test_opcheck_and_compile():
-    norms, mask, thresholds, leverage, floors = case(3, 2, 5, 3)
-    opcheck(torch.ops.wise.route.default, (norms, mask, thresholds, leverage, floors, "mean"))
-    opcheck(torch.ops.wise.route.default, (norms.clone().requires_grad_(), mask, thresholds, None, None, "max"))
+    norms, mask, thresholds, leverage = case(3, 2, 5, 3)
+    opcheck(torch.ops.wise.route.default, (norms, mask, thresholds, leverage, "mean"))
+    opcheck(torch.ops.wise.route.default, (norms.clone().requires_grad_(), mask, thresholds, None, "max"))
     compiled = torch.compile(route, fullgraph=True, backend="aot_eager")
     for got, want in zip(compiled(norms, mask, thresholds), route(norms, mask, thresholds), strict=True):
         assert torch.equal(got, want)
 
 
 def test_errors():
-    norms, mask, thresholds, leverage, floors = case(3, 2, 5, 3)
+    norms, mask, thresholds, leverage = case(3, 2, 5, 3)
     cases = {
         "prompt_mask must be bool": (norms, mask.float(), thresholds),
         "B T = 10": (norms, mask[:1], thresholds),
         "thresholds must be": (norms, mask, thresholds[:1]),
         "leverage must be": (norms, mask, thresholds, leverage[:1]),
-        "pass leverage too": (norms, mask, thresholds, None, floors),
-        "reduction must be": (norms, mask, thresholds, leverage, floors, "sum"),
+        "reduction must be": (norms, mask, thresholds, leverage, "sum"),
     }
     for message, arguments in cases.items():
         with pytest.raises(ValueError, match=message):

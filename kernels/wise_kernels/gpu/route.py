@@ -1,6 +1,6 @@
-"""route on a device. norms [J, N] and prompt_mask [B, T], N = B T, give scores [B, J] (mean or max over the prompt) and
-choice [B]: the first argmax_j of score_j / eps_j over the memories above their eps_j, or of the mean leverage_j [J, N],
-in scope when score_j > eps_j and leverage_j >= floor_j.
+"""route on a device. norms [J, N] and prompt_mask [B, T], N = B T, give scores [B, J] (mean or max over the prompt, and
+that over the root of the mean of leverage [J, N] where there is one) and choice [B]: the first argmax_j of
+score_j / eps_j over the memories above their eps_j.
 
 One launch while a sequence is small: a program reduces all J memories of a sequence and chooses. Long or wide ones are
 reduced by a program for each (sequence, few memories) and a second launch of one program a sequence chooses.
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..route import LEAST
 from .launch import SIZES, AotCase, dependent, guard, wait_for_inputs
 
 # A program that chooses holds all memories of its sequence: (most memories, BLOCK_J, BLOCK_T).
@@ -38,18 +39,18 @@ def best_of(b_rank, b_open, o_j, best, chosen):
 
 
 @triton.jit
-def rank_of(b_score, b_share, p_thresholds, p_floors, o_j, m_j, LEVERAGE: tl.constexpr, FLOORS: tl.constexpr):
+def rank_of(b_score, p_thresholds, o_j, m_j):
     """By what memories compete, and which are in scope."""
     b_eps = tl.load(p_thresholds + o_j, mask=m_j, other=float("inf")).to(tl.float32)
     b_open = m_j & (b_score > b_eps)
-    if LEVERAGE:
-        b_rank = tl.where(m_j, b_share, float("-inf"))
-        if FLOORS:
-            b_open = b_open & (b_share >= tl.load(p_floors + o_j, mask=m_j, other=float("inf")).to(tl.float32))
-    else:
-        # Closed memories drop out, so 0 / 0 cannot compete; rounded as on the host, so equal ratios tie there and here.
-        b_rank = tl.where(b_open, tl.div_rn(b_score, tl.where(b_open, b_eps, 1.0)), float("-inf"))
-    return b_rank, b_open
+    # Closed memories drop out, so 0 / 0 cannot compete; rounded as on the host, so equal ratios tie there and here.
+    return tl.where(b_open, tl.div_rn(b_score, tl.where(b_open, b_eps, 1.0)), float("-inf")), b_open
+
+
+@triton.jit
+def spread_of(b_leverage, LEAST: tl.constexpr):
+    """What a score is divided by, from the mean leverage; rounded as on the host."""
+    return tl.sqrt_rn(tl.maximum(b_leverage, LEAST))
 
 
 @triton.jit
@@ -93,12 +94,13 @@ def reduce_tokens(
 
 @triton.jit(do_not_specialize=SIZES)
 def route_fwd_kernel(
-    p_norms, p_mask, p_thresholds, p_leverage, p_floors, p_scores, p_shares, p_choice,
+    p_norms, p_mask, p_thresholds, p_leverage, p_scores, p_spread, p_choice,
     memories, tokens, s_nj, s_nn, s_mb, s_mt, s_lj, s_ln,
-    MAX: tl.constexpr, LEVERAGE: tl.constexpr, FLOORS: tl.constexpr, CHOOSE: tl.constexpr,
+    MAX: tl.constexpr, LEVERAGE: tl.constexpr, KEEP: tl.constexpr, CHOOSE: tl.constexpr, LEAST: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Scores (and mean leverages) of BLOCK_J memories for a sequence; with CHOOSE, of all of them, and the choice."""
+    """Scores of BLOCK_J memories for a sequence, and what they were divided by if that is to be kept; with CHOOSE, of
+    all of them, and the choice."""
     wait_for_inputs(PDL)
     b = tl.program_id(0).to(tl.int64)
     o_j = tl.program_id(1).to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
@@ -106,25 +108,24 @@ def route_fwd_kernel(
     p_mask += b * s_mb
     base = b * tokens
     b_score = reduce_tokens(p_norms, p_mask, tokens, o_j, m_j, base, s_nj, s_nn, s_mt, MAX, BLOCK_J, BLOCK_T)
-    tl.store(p_scores + b * memories + o_j, b_score, mask=m_j)
-    b_share = b_score
     if LEVERAGE:
-        # Averaged, whatever the reduction: its maximum is near 1 for any prompt with one familiar token.
-        b_share = reduce_tokens(p_leverage, p_mask, tokens, o_j, m_j, base, s_lj, s_ln, s_mt, False, BLOCK_J, BLOCK_T)
-        if not CHOOSE:
-            tl.store(p_shares + b * memories + o_j, b_share, mask=m_j)
+        b_mean = reduce_tokens(p_leverage, p_mask, tokens, o_j, m_j, base, s_lj, s_ln, s_mt, False, BLOCK_J, BLOCK_T)
+        b_spread = spread_of(b_mean, LEAST)
+        b_score = tl.div_rn(b_score, b_spread)
+        if KEEP:
+            tl.store(p_spread + b * memories + o_j, b_spread, mask=m_j)
+    tl.store(p_scores + b * memories + o_j, b_score, mask=m_j)
     if CHOOSE:
-        b_rank, b_open = rank_of(b_score, b_share, p_thresholds, p_floors, o_j, m_j, LEVERAGE, FLOORS)
+        b_rank, b_open = rank_of(b_score, p_thresholds, o_j, m_j)
         _, chosen = best_of(b_rank, b_open, o_j, float("-inf"), -1)
         tl.store(p_choice + b, chosen.to(tl.int64))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def choose_fwd_kernel(
-    p_scores, p_shares, p_states, p_thresholds, p_floors, p_choice, memories,
-    LEVERAGE: tl.constexpr, FLOORS: tl.constexpr, STATES: tl.constexpr, BLOCK_J: tl.constexpr,
-):  # fmt: skip
-    """The choice of a sequence from its scores [B, J] and mean leverages [B, J]; with STATES, among those not 0."""
+    p_scores, p_states, p_thresholds, p_choice, memories, STATES: tl.constexpr, BLOCK_J: tl.constexpr
+):
+    """The choice of a sequence from its scores [B, J]; with STATES, among those not 0."""
     b = tl.program_id(0).to(tl.int64)
     best = float("-inf")
     chosen = tl.full([], -1, tl.int64)
@@ -133,12 +134,9 @@ def choose_fwd_kernel(
         m_j = o_j < memories
         at = b * memories + o_j
         b_score = tl.load(p_scores + at, mask=m_j, other=0.0)
-        b_share = b_score
-        if LEVERAGE:
-            b_share = tl.load(p_shares + at, mask=m_j, other=0.0)
         if STATES:
             m_j = m_j & (tl.load(p_states + at, mask=m_j, other=0) != 0)
-        b_rank, b_open = rank_of(b_score, b_share, p_thresholds, p_floors, o_j, m_j, LEVERAGE, FLOORS)
+        b_rank, b_open = rank_of(b_score, p_thresholds, o_j, m_j)
         best, chosen = best_of(b_rank, b_open, o_j, best, chosen)
     tl.store(p_choice + b, chosen)
 
@@ -153,71 +151,69 @@ def config(memories: int, tokens: int) -> tuple[bool, int, int]:
 
 
 def score(
-    norms: Tensor, mask: Tensor, thresholds: Tensor, leverage: Tensor | None, floors: Tensor | None, maximum: bool,
-    whole: bool, block_j: int, block_t: int,
+    norms: Tensor, mask: Tensor, thresholds: Tensor, leverage: Tensor | None, maximum: bool,
+    whole: bool, block_j: int, block_t: int, keep: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """scores [B, J], mean leverages [B, J] and choice [B]; the last two are written as one launch does or does not."""
+    """scores [B, J], what they were divided by [B, J] if it is kept, and choice [B], written if one launch does."""
     memories, (batch, tokens) = norms.shape[0], mask.shape
     scores = torch.empty(batch, memories, dtype=torch.float32, device=norms.device)
-    shares = None if leverage is None or whole else torch.empty_like(scores)
+    spread = torch.empty_like(scores) if keep and leverage is not None else None
     choice = torch.empty(batch, dtype=torch.int64, device=norms.device)
     strides = (0, 0) if leverage is None else leverage.stride()
     with guard(norms):
         route_fwd_kernel[(batch, triton.cdiv(memories, block_j))](
-            norms, mask, thresholds, leverage, floors, scores, shares, choice,
+            norms, mask, thresholds, leverage, scores, spread, choice,
             memories, tokens, *norms.stride(), *mask.stride(), *strides,
-            MAX=maximum, LEVERAGE=leverage is not None, FLOORS=floors is not None, CHOOSE=whole,
+            MAX=maximum, LEVERAGE=leverage is not None, KEEP=spread is not None, CHOOSE=whole, LEAST=LEAST,
             BLOCK_J=block_j, BLOCK_T=block_t, num_warps=NUM_WARPS, **dependent(norms),
         )  # fmt: skip
-    return scores, shares, choice
+    return scores, spread, choice
 
 
-def choose(scores, shares, states, thresholds, floors, choice: Tensor) -> None:
-    """Write choice [B] from scores [B, J], shares [B, J] or None, and states [B, J] int32 or None."""
+def choose(scores: Tensor, states: Tensor | None, thresholds: Tensor, choice: Tensor) -> None:
+    """Write choice [B] from scores [B, J] and states [B, J] int32 or None."""
     with guard(scores):
         choose_fwd_kernel[(scores.shape[0],)](
-            scores, shares, states, thresholds, floors, choice, scores.shape[1],
-            LEVERAGE=shares is not None, FLOORS=floors is not None, STATES=states is not None,
-            BLOCK_J=CHOOSE_J, num_warps=1,
+            scores, states, thresholds, choice, scores.shape[1],
+            STATES=states is not None, BLOCK_J=CHOOSE_J, num_warps=1,
         )  # fmt: skip
 
 
 def route(
-    norms: Tensor, mask: Tensor, thresholds: Tensor, leverage: Tensor | None, floors: Tensor | None, reduction: str
+    norms: Tensor, mask: Tensor, thresholds: Tensor, leverage: Tensor | None, reduction: str
 ) -> tuple[Tensor, Tensor]:
     """scores [B, J] fp32 and choice [B] int64 of `wise_kernels.route`; inputs of any strides."""
     memories, (batch, tokens) = norms.shape[0], mask.shape
     if memories == 0 or batch == 0:
         scores = torch.empty(batch, memories, dtype=torch.float32, device=norms.device)
         return scores, torch.full((batch,), -1, dtype=torch.int64, device=norms.device)
-    thresholds, floors = thresholds.contiguous(), None if floors is None else floors.contiguous()
+    thresholds = thresholds.contiguous()
     whole, block_j, block_t = config(memories, tokens)
-    scores, shares, choice = score(
-        norms, mask, thresholds, leverage, floors, reduction == "max", whole, block_j, block_t
-    )
+    scores, _, choice = score(norms, mask, thresholds, leverage, reduction == "max", whole, block_j, block_t)
     if not whole:
-        choose(scores, shares, None, thresholds, floors, choice)
+        choose(scores, None, thresholds, choice)
     return scores, choice
 
 
 def aot_cases() -> list[AotCase]:
-    """Every block size, with and without leverage; the reduction and the floors change a few instructions."""
+    """Every block size, with and without leverage; the reduction changes a few instructions."""
     cases = []
     blocks = [(True, j, t) for _, j, t in WHOLE] + [(False, SPLIT_J, SPLIT_T)]
     for whole, block_j, block_t in blocks:
         for leverage in (False, True):
             pointers = dict.fromkeys(("p_norms", "p_thresholds", "p_scores"), "*fp32") | {"p_choice": "*i64"}
-            pointers |= {"p_mask": "*i1"} | dict.fromkeys(("p_leverage", "p_floors"), "*fp32" if leverage else None)
-            pointers["p_shares"] = "*fp32" if leverage and not whole else None
-            cases.append(_case(f"route/{block_j}x{block_t}", route_fwd_kernel, pointers, NUM_WARPS, {
-                "MAX": not leverage, "LEVERAGE": leverage, "FLOORS": leverage, "CHOOSE": whole,
-                "BLOCK_J": block_j, "BLOCK_T": block_t, "PDL": False,
+            pointers |= {"p_mask": "*i1", "p_leverage": "*fp32" if leverage else None}
+            pointers["p_spread"] = "*fp32" if leverage and not whole else None
+            name = f"route/{block_j}x{block_t}/{'leverage' if leverage else 'score'}"
+            cases.append(_case(name, route_fwd_kernel, pointers, NUM_WARPS, {
+                "MAX": not leverage, "LEVERAGE": leverage, "KEEP": leverage and not whole, "CHOOSE": whole,
+                "LEAST": LEAST, "BLOCK_J": block_j, "BLOCK_T": block_t, "PDL": False,
             }))  # fmt: skip
-    for leverage in (False, True):
-        pointers = dict.fromkeys(("p_scores", "p_thresholds"), "*fp32") | {"p_choice": "*i64", "p_states": None}
-        pointers |= dict.fromkeys(("p_shares", "p_floors"), "*fp32" if leverage else None)
-        constexprs = {"LEVERAGE": leverage, "FLOORS": leverage, "STATES": False, "BLOCK_J": CHOOSE_J}
-        cases.append(_case("route/choose", choose_fwd_kernel, pointers, 1, constexprs))
+    for states in (False, True):
+        pointers = dict.fromkeys(("p_scores", "p_thresholds"), "*fp32") | {"p_choice": "*i64"}
+        pointers["p_states"] = "*i32" if states else None
+        name = f"route/choose/{'contenders' if states else 'all'}"
+        cases.append(_case(name, choose_fwd_kernel, pointers, 1, {"STATES": states, "BLOCK_J": CHOOSE_J}))
     return cases
 
 
@@ -229,5 +225,4 @@ def _case(name: str, kernel, pointers: dict, num_warps: int, constexprs: dict) -
         if given is None:
             values[argument] = None
     divisible = tuple(a for a, kind in signature.items() if kind.startswith("*"))
-    suffix = "/leverage" if constexprs["LEVERAGE"] else "/score"
-    return AotCase(name + suffix, kernel, signature, values, num_warps, divisible=divisible)
+    return AotCase(name, kernel, signature, values, num_warps, divisible=divisible)

@@ -18,7 +18,7 @@ from .gated_add import POINTERS
 from .gated_rows import active_at, columns_at
 from .launch import SIZES, AotCase, guard, interpreted
 from .leverage import thin_norms
-from .route import best_of, choose, config, score
+from .route import choose, config, score
 
 # BLOCK_N, BLOCK_O, BLOCK_K, num_warps, num_stages
 FEW, MANY = (16, 32, 128, 4, 4), (64, 128, 64, 8, 3)
@@ -27,29 +27,18 @@ BLOCK_J, SETTLE_T = 32, 256
 
 
 @triton.jit(do_not_specialize=SIZES)
-def contend_fwd_kernel(
-    p_states, p_scores, p_shares, p_thresholds, p_floors, low, high, memories,
-    LEVERAGE: tl.constexpr, FLOORS: tl.constexpr, BLOCK_J: tl.constexpr,
-):  # fmt: skip
+def contend_fwd_kernel(p_states, p_scores, p_thresholds, low, high, memories, BLOCK_J: tl.constexpr):
     """states [B, J] of a sequence: 0 the memory cannot be chosen, 2 it is, 1 its exact score decides."""
     first = tl.program_id(0).to(tl.int64) * memories
     sure = float("-inf")
-    chosen = tl.full([], -1, tl.int64)
     for j in range(0, memories, BLOCK_J):
         o_j = j + tl.arange(0, BLOCK_J).to(tl.int64)
         m_j = o_j < memories
-        if LEVERAGE:
-            b_share = tl.load(p_shares + first + o_j, mask=m_j, other=float("-inf"))
-            b_open = m_j
-            if FLOORS:
-                b_open = m_j & (b_share >= tl.load(p_floors + o_j, mask=m_j, other=0.0).to(tl.float32))
-            sure, chosen = best_of(b_share, b_open, o_j, sure, chosen)
-        else:
-            b_score = tl.load(p_scores + first + o_j, mask=m_j, other=0.0)
-            b_eps = tl.load(p_thresholds + o_j, mask=m_j, other=float("inf")).to(tl.float32)
-            b_sure = b_score * low > b_eps
-            b_ratio = tl.div_rn(b_score, tl.where(b_sure, b_eps, 1.0)) * low
-            sure = tl.maximum(sure, tl.max(tl.where(b_sure, b_ratio, float("-inf")), 0))
+        b_score = tl.load(p_scores + first + o_j, mask=m_j, other=0.0)
+        b_eps = tl.load(p_thresholds + o_j, mask=m_j, other=float("inf")).to(tl.float32)
+        b_sure = b_score * low > b_eps
+        b_ratio = tl.div_rn(b_score, tl.where(b_sure, b_eps, 1.0)) * low
+        sure = tl.maximum(sure, tl.max(tl.where(b_sure, b_ratio, float("-inf")), 0))
     rivals = 0
     for turn in range(2):
         for j in range(0, memories, BLOCK_J):
@@ -58,11 +47,8 @@ def contend_fwd_kernel(
             b_score = tl.load(p_scores + first + o_j, mask=m_j, other=0.0)
             b_eps = tl.load(p_thresholds + o_j, mask=m_j, other=float("inf")).to(tl.float32)
             b_possible = b_score * high > b_eps
-            if LEVERAGE:
-                b_possible = b_possible & (o_j == chosen)
-            else:
-                b_ratio = tl.div_rn(b_score, tl.where(b_possible, b_eps, 1.0)) * high
-                b_possible = b_possible & (b_ratio >= sure)
+            b_ratio = tl.div_rn(b_score, tl.where(b_possible, b_eps, 1.0)) * high
+            b_possible = b_possible & (b_ratio >= sure)
             if turn == 0:
                 rivals += tl.sum(b_possible.to(tl.int32), 0)
             else:
@@ -113,8 +99,8 @@ def exact_fwd_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def settle_fwd_kernel(
-    p_scores, p_squares, p_mask, p_states, rows, tokens, memories, tiles, s_mb, s_mt,
-    MAX: tl.constexpr, BLOCK_T: tl.constexpr,
+    p_scores, p_squares, p_mask, p_states, p_spread, rows, tokens, memories, tiles, s_mb, s_mt,
+    MAX: tl.constexpr, LEVERAGE: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """The score of a sequence and memory from the squares of its tokens, where its state is 1."""
     b, j = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -137,6 +123,8 @@ def settle_fwd_kernel(
             value = tl.where(tl.max(b_bad, 0) > 0, float("nan"), tl.max(b_acc, 0))
         else:
             value = tl.sum(b_acc, 0) / tl.maximum(tl.sum(b_count, 0), 1).to(tl.float32)
+        if LEVERAGE:
+            value = value / tl.load(p_spread + b * memories + j)
         tl.store(p_scores + b * memories + j, value)
 
 
@@ -147,8 +135,8 @@ def tile(rows: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
     return FEW if rows <= 16 else MANY
 
 
-def exact_scores(scores, states, a, values, columns, bounds, mask, maximum: bool) -> None:
-    """Replace scores [B, J] where states [B, J] are 1 by those of exact norms."""
+def exact_scores(scores, spread, states, a, values, columns, bounds, mask, maximum: bool) -> None:
+    """Replace scores [B, J] where states [B, J] are 1 by those of exact norms, over spread [B, J] or None."""
     (batch, tokens), memories, (rows, outputs) = mask.shape, scores.shape[1], (a.shape[0], values.shape[1])
     block_n, block_o, block_k, num_warps, num_stages = tile(rows, a.dtype)
     tiles = triton.cdiv(outputs, block_o)
@@ -160,32 +148,30 @@ def exact_scores(scores, states, a, values, columns, bounds, mask, maximum: bool
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     settle_fwd_kernel[(batch, memories)](
-        scores, squares, mask, states, rows, tokens, memories, tiles, *mask.stride(), MAX=maximum, BLOCK_T=SETTLE_T
-    )
+        scores, squares, mask, states, spread, rows, tokens, memories, tiles, *mask.stride(),
+        MAX=maximum, LEVERAGE=spread is not None, BLOCK_T=SETTLE_T,
+    )  # fmt: skip
 
 
 def sketched_route(
     a: Tensor, values: Tensor, columns: Tensor, bounds: Tensor, sketched: Tensor, mask: Tensor, thresholds: Tensor,
-    low: float, high: float, leverage: Tensor | None, floors: Tensor | None, reduction: str,
+    low: float, high: float, leverage: Tensor | None, reduction: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """scores [B, J] and choice [B] of `wise_kernels.sketched_route`; bf16, fp16 or fp32, any strides."""
     memories, (batch, tokens), maximum = bounds.shape[0] - 1, mask.shape, reduction == "max"
     if memories == 0 or batch == 0:
         scores = torch.empty(batch, memories, dtype=torch.float32, device=a.device)
         return scores, torch.full((batch,), -1, dtype=torch.int64, device=a.device)
-    columns, thresholds, floors = (None if t is None else t.contiguous() for t in (columns, thresholds, floors))
+    columns, thresholds = columns.contiguous(), thresholds.contiguous()
     norms = thin_norms(a, columns, bounds, sketched)
     _, block_j, block_t = config(memories, tokens)
-    scores, shares, choice = score(norms, mask, thresholds, leverage, None, maximum, False, block_j, block_t)
+    scores, spread, choice = score(norms, mask, thresholds, leverage, maximum, False, block_j, block_t, keep=True)
     states = torch.empty(batch, memories, dtype=torch.int32, device=a.device)
     with guard(a):
-        contend_fwd_kernel[(batch,)](
-            states, scores, shares, thresholds, floors, low, high, memories,
-            LEVERAGE=shares is not None, FLOORS=floors is not None, BLOCK_J=BLOCK_J, num_warps=1,
-        )  # fmt: skip
+        contend_fwd_kernel[(batch,)](states, scores, thresholds, low, high, memories, BLOCK_J=BLOCK_J, num_warps=1)
         if tokens:
-            exact_scores(scores, states, a, values, columns, bounds, mask, maximum)
-    choose(scores, shares, states, thresholds, floors, choice)
+            exact_scores(scores, spread, states, a, values, columns, bounds, mask, maximum)
+    choose(scores, states, thresholds, choice)
     return scores, choice
 
 
@@ -200,19 +186,11 @@ def aot_cases() -> list[AotCase]:
             AotCase(f"sketch/{name}", kernel, signature, meta, num_warps, num_stages, expect, tuple(divisible))
         )
 
-    for leverage in (False, True):
-        types = dict.fromkeys(("p_scores", "p_thresholds"), "*fp32") | {
-            "p_states": "*i32",
-            "low": "fp32",
-            "high": "fp32",
-        }
-        types |= dict.fromkeys(("p_shares", "p_floors"), "*fp32")
-        meta = {"LEVERAGE": leverage, "FLOORS": leverage, "BLOCK_J": BLOCK_J}
-        meta |= {} if leverage else {"p_shares": None, "p_floors": None}
-        case(f"contend/{'leverage' if leverage else 'score'}", contend_fwd_kernel, types, meta, 1)
+    types = {"p_states": "*i32", "p_scores": "*fp32", "p_thresholds": "*fp32", "low": "fp32", "high": "fp32"}
+    case("contend", contend_fwd_kernel, types, {"BLOCK_J": BLOCK_J}, 1)
     for maximum in (False, True):
-        types = {"p_scores": "*fp32", "p_squares": "*fp32", "p_mask": "*i1", "p_states": "*i32"}
-        meta = {"MAX": maximum, "BLOCK_T": SETTLE_T}
+        types = {"p_scores": "*fp32", "p_squares": "*fp32", "p_mask": "*i1", "p_states": "*i32", "p_spread": "*fp32"}
+        meta = {"MAX": maximum, "LEVERAGE": not maximum, "BLOCK_T": SETTLE_T} | ({"p_spread": None} if maximum else {})
         case(f"settle/{'max' if maximum else 'mean'}", settle_fwd_kernel, types, meta)
     for dtype, kind in POINTERS.items():
         for block_n, block_o, block_k, num_warps, num_stages in (tile(16, dtype), tile(17, dtype)):
