@@ -22,6 +22,7 @@ from wise_fast.memory import Bank, SideMemory, storable
 from wise_fast.routing import Generation, Routing
 from wise_fast.state import EditorState, EditReport, Shard
 from wise_fast.tail import Tail
+from wise_fast.turns import in_turn
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class WiseEditor(Material):
 
     @torch.inference_mode(False)
     @torch.enable_grad()
+    @in_turn
     def edit(self, edits: Edit | dict | Iterable[Edit | dict], progress: bool = False) -> list[EditReport]:
         """Teach facts, `config.batch_size` at a time.
 
@@ -232,6 +234,7 @@ class WiseEditor(Material):
         self._set_state(state)
         self._undo = []
 
+    @in_turn
     def _set_state(self, state: EditorState) -> None:
         bank = Bank.pack(state.memories, self.projection.weight.dtype, self.config.route_by)
         self.projection.set_bank(bank)
