@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from wise_fast import fingerprint, merging, objective, protection, storage, tokens, training
 from wise_fast.architectures import find_architecture
+from wise_fast.chat import rendered
 from wise_fast.config import WiseConfig
 from wise_fast.data import Edit, as_edits, deduplicate
 from wise_fast.errors import ConfigError, WiseError
@@ -77,7 +78,7 @@ class WiseEditor(Material):
         Raises:
             EditDataError: an edit is unusable, does not fit the context, or tokenizes to nothing.
         """
-        given = as_edits(edits)
+        given = rendered(self.tokenizer, as_edits(edits))
         kept, superseded = deduplicate(given)
         reports: dict[int, EditReport] = {
             s.position: EditReport(s.edit, note=_superseded(f"edit {s.by_position + 1} of this call", s.contradicting))
@@ -103,7 +104,7 @@ class WiseEditor(Material):
 
     def check(self, edits: Iterable[Edit]) -> None:
         """Raise EditDataError, as `edit` would, if one of these edits cannot be learned."""
-        for place, edit in enumerate(edits):
+        for place, edit in enumerate(rendered(self.tokenizer, edits)):
             self._examples([edit], [place])
 
     def _open_shard(self, state: EditorState) -> EditorState:
