@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from wise_fast import fingerprint, merging, objective, protection, storage, tokens, training
+from wise_fast import card, fingerprint, hub, merging, objective, protection, storage, tokens, training
 from wise_fast.architectures import find_architecture
 from wise_fast.chat import rendered
 from wise_fast.config import WiseConfig
@@ -277,29 +277,60 @@ class WiseEditor(Material):
 
     # -- saving -------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, directory: str | os.PathLike) -> None:
+    def save_pretrained(self, directory: str | os.PathLike, metrics: Mapping[str, float | None] | None = None) -> None:
         """Save the edits, compactly and without the base model, to a directory: new, empty, or one saved before.
 
         It is written in one step: whatever happens, the directory holds what it held before or all of the new.
 
+        Args:
+            metrics: figures for the edits card, such as `evaluate(editor).summary()`.
+
         Raises:
+            ConfigError: a metric is not a number.
             StorageError: the directory holds other things or cannot be written; it is as it was, and so is the model.
         """
-        storage.save(directory, fingerprint.describe(self.model, self.architecture), self.config, self._state)
+        base = fingerprint.describe(self.model, self.architecture)
+        storage.save(directory, base, self.config, self._state, card.about(self.model, metrics))
+
+    def push_to_hub(self, repo_id: str, **options) -> str:
+        """Save the edits to a model repository on the Hugging Face hub (HF_ENDPOINT), made if need be; gives its URL.
+
+        Args:
+            repo_id: "owner/name", or a name of your own.
+            options: metrics (as `save_pretrained` takes them), private, revision (a branch that exists), message (of
+                the commit), token (else the one that `hf auth login` keeps).
+
+        Raises:
+            WiseError: there are no edits to push.
+            StorageError: the hub refuses or cannot be reached.
+        """
+        return hub.push(self, repo_id, **options)
 
     @classmethod
-    def from_pretrained(cls, model: nn.Module, tokenizer, directory: str | os.PathLike) -> WiseEditor:
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        tokenizer,
+        directory: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> WiseEditor:
         """Attach the editor saved in `directory` to its base model, which then answers exactly as the saved one did.
 
         The memories of the directory are closed: the next edit opens a new one.
 
+        Args:
+            directory: one that `save_pretrained` wrote, or the id of a repository that `push_to_hub` made.
+            revision, token: of that repository.
+
         Raises:
             StorageError: the directory is missing, damaged, changed, of a newer format, or made for another base
-                model or dtype; the model is as it was.
+                model or dtype; or the hub has no such repository or cannot be reached. The model is as it was.
             ConfigError: the model has an editor already.
             UnsupportedModelError: the model's structure cannot be edited.
         """
-        saved = storage.load(directory)
+        saved = storage.load(hub.local(directory, revision, token))
         fingerprint.check(saved.base, model, saved.config.layer)
         editor = cls(model, tokenizer, saved.config)
         try:
