@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from wise_fast import card, fingerprint, hub, merging, objective, protection, storage, tokens, training
+from wise_fast import merging, objective, protection, tokens, training
 from wise_fast.architectures import find_architecture
 from wise_fast.chat import rendered
 from wise_fast.config import WiseConfig
@@ -21,6 +20,7 @@ from wise_fast.ffn import DualMemoryLinear
 from wise_fast.material import Material, seed_of
 from wise_fast.memory import Bank, SideMemory, storable
 from wise_fast.routing import Generation, Routing
+from wise_fast.sharing import Sharing
 from wise_fast.state import EditorState, EditReport, Shard
 from wise_fast.tail import Tail
 from wise_fast.turns import in_turn
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 _FAILED = "not fitted: its target or its routing margin did not hold within max_steps"
 
 
-class WiseEditor(Material):
+class WiseEditor(Material, Sharing):
     """Edits a Hugging Face causal LM in place; the model stays usable through `model(...)` and `model.generate`.
 
     Args:
@@ -274,71 +274,6 @@ class WiseEditor(Material):
             f"cannot take back {to} edits; states are kept from {reachable or 'no'} edits ago. Edits of one batch go "
             "together: use batch_size=1, a larger undo_depth, or checkpoint(name)"
         )
-
-    # -- saving -------------------------------------------------------------------------------------------------
-
-    def save_pretrained(self, directory: str | os.PathLike, metrics: Mapping[str, float | None] | None = None) -> None:
-        """Save the edits, compactly and without the base model, to a directory: new, empty, or one saved before.
-
-        It is written in one step: whatever happens, the directory holds what it held before or all of the new.
-
-        Args:
-            metrics: figures for the edits card, such as `evaluate(editor).summary()`.
-
-        Raises:
-            ConfigError: a metric is not a number.
-            StorageError: the directory holds other things or cannot be written; it is as it was, and so is the model.
-        """
-        base = fingerprint.describe(self.model, self.architecture)
-        storage.save(directory, base, self.config, self._state, card.about(self.model, metrics))
-
-    def push_to_hub(self, repo_id: str, **options) -> str:
-        """Save the edits to a model repository on the Hugging Face hub (HF_ENDPOINT), made if need be; gives its URL.
-
-        Args:
-            repo_id: "owner/name", or a name of your own.
-            options: metrics (as `save_pretrained` takes them), private, revision (a branch that exists), message (of
-                the commit), token (else the one that `hf auth login` keeps).
-
-        Raises:
-            WiseError: there are no edits to push.
-            StorageError: the hub refuses or cannot be reached.
-        """
-        return hub.push(self, repo_id, **options)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: nn.Module,
-        tokenizer,
-        directory: str | os.PathLike,
-        *,
-        revision: str | None = None,
-        token: str | None = None,
-    ) -> WiseEditor:
-        """Attach the editor saved in `directory` to its base model, which then answers exactly as the saved one did.
-
-        The memories of the directory are closed: the next edit opens a new one.
-
-        Args:
-            directory: one that `save_pretrained` wrote, or the id of a repository that `push_to_hub` made.
-            revision, token: of that repository.
-
-        Raises:
-            StorageError: the directory is missing, damaged, changed, of a newer format, or made for another base
-                model or dtype; or the hub has no such repository or cannot be reached. The model is as it was.
-            ConfigError: the model has an editor already.
-            UnsupportedModelError: the model's structure cannot be edited.
-        """
-        saved = storage.load(hub.local(directory, revision, token))
-        fingerprint.check(saved.base, model, saved.config.layer)
-        editor = cls(model, tokenizer, saved.config)
-        try:
-            editor._set_state(saved.state_on(editor.device))
-        except BaseException:
-            editor.unload()
-            raise
-        return editor
 
     # -- attaching ----------------------------------------------------------------------------------------------
 
