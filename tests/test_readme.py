@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from tests.tiny import tiny_model, tiny_tokenizer
-from wise_fast import export_command, models, report_command, run_command  # noqa: F401  they register commands
+from wise_fast import export_command, harness_command, models, report_command, run_command  # noqa: F401  commands
 from wise_fast.commands import app
 from wise_fast.settings import build_config
 
