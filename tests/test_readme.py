@@ -9,7 +9,14 @@ import pytest
 import typer
 
 from tests.tiny import tiny_model, tiny_tokenizer
-from wise_fast import export_command, harness_command, models, report_command, run_command  # noqa: F401  commands
+from wise_fast import (  # noqa: F401  most register their commands
+    export_command,
+    harness_command,
+    models,
+    report_command,
+    run_command,
+    serve_command,
+)
 from wise_fast.commands import app
 from wise_fast.settings import build_config
 

@@ -16,6 +16,7 @@ def main() -> None:
             harness_command,
             report_command,
             run_command,
+            serve_command,
         )
         from wise_fast.commands import app
     except ModuleNotFoundError as error:
