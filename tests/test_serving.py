@@ -100,10 +100,10 @@ def alone(editor, prompt):
 
 
 def test_many_requests_at_once_are_each_answered_as_alone(editor, address):
-    prompts = [fact.prompt for fact in FACTS[:3]] + list(ELSEWHERE)
+    prompts = [fact.prompt for fact in FACTS[:2]] + list(ELSEWHERE[:2])
     asked = [(prompt, kind) for prompt in prompts for kind in ("completion", "chat", "stream")]
     expected = [alone(editor, prompt) for prompt, _ in asked]
-    assert [text.strip() for text in expected[::3][:3]] == [fact.target for fact in FACTS[:3]]
+    assert [text.strip() for text in expected[::3][:2]] == [fact.target for fact in FACTS[:2]]
     with ThreadPoolExecutor(len(asked)) as pool:
         found = list(pool.map(lambda ask: completed(address, *ask), asked))
     cut = " \ufffd"  # a stream holds back the bytes of a character that does not end

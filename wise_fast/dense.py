@@ -100,46 +100,37 @@ def export(editor, directory: str | os.PathLike, merge: str = "ties") -> None:
 class Dense:
     """The model as the export would be, for scoring it: a `wise_fast.metrics.Method` that edits nothing."""
 
-    def __init__(self, editor, weight: Tensor):
-        self._editor, self._weight = editor, weight
+    def __init__(self, editor):
         self.model, self.tokenizer, self.stop = editor.model, editor.tokenizer, editor.stop
-        self.device, self.head_at = editor.device, editor.head_at
-
-    @property
-    def edits(self) -> list[EditReport]:
-        return self._editor.edits
+        self.device, self.edits, self.head_at = editor.device, editor.edits, editor.head_at
+        self._weight = editor.projection.base_layer.weight
+        self._plain = self._weight.data
 
     def edit(self, edits, progress: bool = False) -> list[EditReport]:
         raise WiseError("a folded model cannot be edited; edit with the editor and fold again")
 
     def disabled(self):
         """The unedited model inside the block."""
-        return self._serving(self._plain)
+        return _swapped(self._weight, self._plain)
 
     def asking(self, prompt_mask: Tensor):
         return nullcontext()
 
-    @contextmanager
-    def _serving(self, weight: Tensor) -> Iterator[None]:
-        parameter = self._editor.projection.base_layer.weight
-        before, parameter.data = parameter.data, weight
-        try:
-            yield
-        finally:
-            parameter.data = before
 
-    @contextmanager
-    def serving(self) -> Iterator[Dense]:
-        """The model with the folded weight and without a router inside the block; afterwards as it was."""
-        self._plain = self._editor.projection.base_layer.weight.data
-        with self._editor.disabled(), self._serving(self._weight):
-            yield self
+@contextmanager
+def _swapped(parameter: Tensor, data: Tensor) -> Iterator[None]:
+    before, parameter.data = parameter.data, data
+    try:
+        yield
+    finally:
+        parameter.data = before
 
 
 @contextmanager
 def folded(editor, merge: str = "ties") -> Iterator[Dense]:
     """The model as `export` would write it, in place of the edited one; every bit of the model is back afterwards."""
-    with editor.routing.turn, Dense(editor, folded_weight(editor, merge)).serving() as method:
+    method, weight = Dense(editor), folded_weight(editor, merge)
+    with editor.routing.turn, editor.disabled(), _swapped(editor.projection.base_layer.weight, weight):
         yield method
 
 

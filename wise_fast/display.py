@@ -158,7 +158,8 @@ def pack_table(title: str, found: Mapping) -> Table:
     """What `storage.inspect` found; of the settings those that differ from the defaults."""
     default = WiseConfig().to_dict()
     changed = {k: v for k, v in found.get("config", {}).items() if k not in default or v != default[k]}
-    return pairs_table(title, {**found, "config": changed or "the defaults"})
+    shown = {name: value for name, value in found.items() if value != {}}
+    return pairs_table(title, {**shown, "config": changed or "the defaults"})
 
 
 def pairs_table(title: str, values: Mapping) -> Table:

@@ -29,9 +29,9 @@ def find_tasks(tasks: Sequence[str], include: str | os.PathLike | None = None):
     named = [task for task in tasks if not (task.endswith(".yaml") and Path(task).is_file())]
     manager = None
     if include is not None or not named:
-        manager = TaskManager(include_path=include, include_defaults=False)
+        manager = TaskManager(include_path=None if include is None else str(include), include_defaults=False)
     if manager is None or not all(manager.match_tasks([task]) for task in named):  # the thousands that it brings along
-        manager = TaskManager(include_path=include)
+        manager = TaskManager(include_path=None if include is None else str(include))
     unknown = [task for task in named if not manager.match_tasks([task])]
     if unknown or not tasks:
         raise ConfigError(

@@ -6,6 +6,8 @@ mask, and the router would score all of it; then the options of one question may
 
 from __future__ import annotations
 
+import copy
+
 from lm_eval.models.huggingface import HFLM
 
 from wise_fast.metrics import Row, readings
@@ -20,7 +22,8 @@ class EditedLM(HFLM):
     """
 
     def __init__(self, editor, **settings):
-        super().__init__(pretrained=editor.model, tokenizer=editor.tokenizer, **settings)
+        tokenizer = copy.deepcopy(editor.tokenizer)  # it may be given a pad token
+        super().__init__(pretrained=editor.model, tokenizer=tokenizer, **settings)
         self._editor = editor
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):

@@ -1,6 +1,7 @@
 """Threads that share an edited model take turns: a generation, a batch of edits or a change of state at a time.
 
 Routing keeps what the forward at hand has decided on the model, so two generations at once would mix their decisions.
+`editor.disabled()` takes no turn: it holds for every thread.
 """
 
 from __future__ import annotations
