@@ -11,6 +11,7 @@ from wise_fast import Edit, WiseEditor, evaluate, load_edits
 from wise_fast.chat import render, rendered, reworded
 from wise_fast.data import Locality
 from wise_fast.errors import EditDataError
+from wise_fast.lifelong import Run
 from wise_fast.messages import Message, check_messages
 
 TEMPLATE = (
@@ -109,6 +110,11 @@ def test_the_text_is_read_as_the_template_meant_it(bos):
     assert text == "<bos>" * (not bos) + "s:Be brief.\nu:Capital of Zed\na:\n"
     expected = tokenizer.apply_chat_template(QUESTIONS[1], add_generation_prompt=True, return_dict=True)["input_ids"]
     assert tokenizer(text)["input_ids"] == expected
+
+
+def test_a_run_is_of_the_rendered_edits(tmp_path):
+    editor = WiseEditor(wide_model(), chat_tokenizer(), QUICK)
+    assert Run(editor, CHATS, tmp_path / "run").edits == rendered(editor.tokenizer, CHATS)
 
 
 def test_text_is_left_as_it_is():

@@ -95,13 +95,12 @@ def test_a_change_of_edits_waits_for_the_generation_at_hand():
 
 
 class TestRefused:
-    @pytest.mark.parametrize("how", [{"prefill_chunk_size": 3}, {"generation_config": GenerationConfig()}])
-    def test_a_prefill_in_chunks(self, llama, how):
-        if "generation_config" in how:
-            how["generation_config"].prefill_chunk_size = 3
-        ids = llama.tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
-        with pytest.raises(WiseError, match="prefill_chunk_size"):
-            llama.model.generate(ids, **how)
+    def test_a_prefill_in_chunks(self, llama):
+        ids, config = llama.tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"], GenerationConfig()
+        config.prefill_chunk_size = 3
+        for args, settings in (([], {"prefill_chunk_size": 3}), ([], {"generation_config": config}), ([config], {})):
+            with pytest.raises(WiseError, match="prefill_chunk_size"):
+                llama.model.generate(ids, *args, **settings)
         assert torch.equal(generate(llama.model, llama.tokenizer, PROMPTS), torch.stack(llama.texts))
 
     def test_sequences_packed_into_one_row(self, llama):

@@ -141,6 +141,7 @@ def test_what_is_refused(editor, address):
     status, text = post(f"{address}/v1/edits", {"prompt": " ", "target": "x"})
     assert status == 400 and json.loads(text)["error"]["type"] == "EditDataError"
     assert post(f"{address}/v1/completions", {"model": "another", "prompt": "x"})[0] == 400
+    assert "is not served here" in post(f"{address}/load_model", {"model": "org/another"})[1]
     assert post(f"{address}/v1/systemone", {})[0] == 501
     assert post(f"{address}/reset", {})[0] == 200 and completed(address, "x") == alone(editor, "x")  # still there
     assert editor.state is state

@@ -128,7 +128,7 @@ def load_edits(
 def _irrelevant(where: str, partner: Edit) -> str:
     if partner.irrelevant is not None:
         return partner.irrelevant
-    if not partner.locality:
+    if not partner.locality or not isinstance(partner.locality[0].prompt, str):
         raise EditDataError(
             f"{where}: holds no irrelevant text; expected 'loc_prompt', 'irrelevant' or a locality prompt"
         )

@@ -15,9 +15,8 @@ from collections.abc import Mapping
 
 from wise_fast.errors import EditDataError
 
-CANONICAL = (
-    *("prompt", "target", "subject", "rephrases", "ood_prompts", "locality", "irrelevant", "id", "truth", "messages"),
-)
+_MEASURED = ("rephrases", "ood_prompts", "locality", "truth")
+CANONICAL = ("prompt", "target", "subject", "irrelevant", "id", "messages", *_MEASURED)
 
 
 def shown(value: object) -> str:

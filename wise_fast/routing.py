@@ -226,7 +226,7 @@ class Generation:
 
     def generate(self, *args, **kwargs):
         model = getattr(self.inner, "__self__", None)  # none where the user replaced the method by a function
-        config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+        config = next(iter(args[1:]), kwargs.get("generation_config")) or getattr(model, "generation_config", None)
         if kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)) is not None:
             raise WiseError(
                 "prefill_chunk_size is set: routing decides where the prompt is prefilled, and would know its first "

@@ -15,7 +15,7 @@ from wise_fast.errors import WiseError
 if not is_serve_available():
     raise WiseError("serving needs fastapi, uvicorn, openai and pydantic: pip install 'wise_fast[serve]'")
 
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 from fastapi.responses import JSONResponse
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
@@ -38,7 +38,7 @@ def application(editor, name: str = "edited", editable: bool = False) -> FastAPI
         WiseError: the editor was unloaded from its model.
     """
     projection = editor.projection  # raises where there is none any more
-    manager = ModelManager(device=str(projection.weight.device), model_timeout=-1)
+    manager = _One(device=str(projection.weight.device), model_timeout=-1)
     manager.loaded_models[manager.process_model_name(name)] = _Kept(editor.model, -1, processor=editor.tokenizer)
     manager.force_model = name
     state, refused = GenerationState(), _Refused()
@@ -64,6 +64,15 @@ def _add_editing(app: FastAPI, editor) -> None:
         except WiseError as error:
             return JSONResponse({"error": {"type": type(error).__name__, "message": str(error)}}, status_code=400)
         return {"edits": [{"success": r.success, "steps": r.steps, "note": r.note} for r in reports]}
+
+
+class _One(ModelManager):
+    """A manager of the models it was given, which loads no others whatever is asked of it."""
+
+    def load_model_and_processor(self, model_id_and_revision, *args, **settings):
+        if model_id_and_revision not in self.loaded_models:
+            raise HTTPException(404, f"{model_id_and_revision!r} is not served here")
+        return super().load_model_and_processor(model_id_and_revision, *args, **settings)
 
 
 class _Kept(TimedModel):

@@ -27,6 +27,7 @@ class Sharing:
     architecture: Architecture
     _state: EditorState
 
+    @in_turn
     def save_pretrained(self, directory: str | os.PathLike, metrics: Mapping[str, float | None] | None = None) -> None:
         """Save the edits, compactly and without the base model, to a directory: new, empty, or one saved before.
 
