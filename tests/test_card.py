@@ -4,12 +4,11 @@ import re
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from tests.edited import FACTS, make_editor, wide_model
+from tests.edited import FACTS, make_editor, saved_model, wide_model
+from tests.test_cli import run
 from tests.tiny import tiny_tokenizer
 from wise_fast import WiseEditor, actions, storage
-from wise_fast.commands import app
 from wise_fast.errors import ConfigError, StorageError
 
 METRICS = {"reliability": 1.0, "locality": 0.98765, "generalization": None}
@@ -47,11 +46,10 @@ def test_says_what_is_inside(pack):
     assert "generalization" not in text and "| seed |" not in text  # not measured; the default
 
 
-def test_the_code_on_it_loads_the_pack(pack, tmp_path, monkeypatch):
-    wide_model().save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+def test_the_code_on_it_loads_the_pack(pack, tmp_path):
+    model = saved_model(tmp_path / "model")
     (code,) = re.findall(r"```python\n(.*?)```", card(pack), re.S)
-    code = code.replace("'the base model'", repr(str(tmp_path / "model"))).replace("'this directory'", repr(str(pack)))
+    code = code.replace("'the base model'", repr(model)).replace("'this directory'", repr(str(pack)))
     names = {}
     exec(code.replace("model.generate(...)", ""), names)
     assert [report.edit for report in names["editor"].edits] == list(FACTS[:2])
@@ -108,6 +106,6 @@ def test_metrics_are_numbers(editor, tmp_path, value):
 
 def test_inspect_has_its_facts(pack):
     assert storage.inspect(pack)["about"] == {"metrics": {"reliability": 1.0, "locality": 0.98765}}
-    shown = CliRunner().invoke(app, ["inspect", str(pack)]).stdout
+    shown = run("inspect", pack).stdout
     for fact in ("mistral", "model.layers.2.mlp.down_proj", "about.metrics.reliability", "0.988"):
         assert fact in shown

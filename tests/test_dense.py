@@ -1,16 +1,13 @@
 """Edits folded into the weights: the checkpoint written, what it answers, and what the loss of routing costs."""
 
-import json
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
-from tests.edited import ELSEWHERE, FACTS, logits, make_editor, same, untouched, wide_model
+from tests.edited import ELSEWHERE, FACTS, logits, make_editor, same, saved_model, untouched, wide_model
+from tests.test_cli import run, run_json
 from tests.tiny import tiny_tokenizer
 from wise_fast import Edit, dense, export_command  # noqa: F401  the last registers its command
-from wise_fast.commands import app
 from wise_fast.data import Locality
 from wise_fast.errors import ConfigError, StorageError, WiseError
 from wise_fast.merging import merge_memories
@@ -116,15 +113,12 @@ class TestRefused:
 
 
 def test_the_command(editor, tmp_path):
-    wide_model().save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
     editor.save_pretrained(tmp_path / "pack")
-    arguments = ["export", "--model", tmp_path / "model", "--pack", tmp_path / "pack", "--out"]
-    done = CliRunner().invoke(app, [*map(str, arguments), str(tmp_path / "out"), "--json"])
-    found = json.loads(done.stdout)
+    words = ["export", "--model", saved_model(tmp_path / "model"), "--pack", tmp_path / "pack", "--out"]
+    found = run_json(*words, tmp_path / "out")
     assert found["metrics"]["routed"]["locality"] == 1.0 > found["metrics"]["dense"]["locality"]
     editor.export_dense(tmp_path / "same")
     assert same(logits(loaded(tmp_path / "out")), logits(loaded(tmp_path / "same")))
-    for words, code in (([tmp_path / "out"], 1), ([tmp_path / "new", "--merge", "mean"], 1)):
-        assert CliRunner().invoke(app, [str(w) for w in (*arguments, *words)]).exit_code == code
+    assert "no empty directory" in run(*words, tmp_path / "out", code=1).stderr
+    assert "expected one of ties, sum" in run(*words, tmp_path / "new", "--merge", "mean", code=1).stderr
     assert not (tmp_path / "new").exists()

@@ -6,12 +6,10 @@ import sys
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from tests.edited import ELSEWHERE, FACTS, make_editor, untouched, wide_model
-from tests.tiny import tiny_tokenizer
+from tests.edited import ELSEWHERE, FACTS, make_editor, saved_model, untouched
+from tests.test_cli import run
 from wise_fast import harness, harness_command  # noqa: F401  the last registers its command
-from wise_fast.commands import app
 from wise_fast.errors import ConfigError, WiseError
 from wise_fast.metrics import Row, readings
 from wise_fast.tokens import encode
@@ -148,10 +146,7 @@ class TestRefused:
 
 
 def test_the_command(editor, include, tmp_path):
-    wide_model().save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
     editor.save_pretrained(tmp_path / "pack")
-    words = ["harness", "-m", tmp_path / "model", "-p", tmp_path / "pack", "--include", include, "-t", "facts_choice"]
-    done = CliRunner().invoke(app, [*map(str, words), "--before-after", "--limit", "2"])
-    assert done.exit_code == 0, (done.stderr, done.exception)
-    assert all(word in done.stdout for word in ("before", "after", "facts choice acc", "1.000"))
+    words = ["harness", "-m", saved_model(tmp_path / "model"), "-p", tmp_path / "pack", "--include", include]
+    shown = run(*words, "-t", "facts_choice", "--before-after", "--limit", 2).stdout
+    assert all(word in shown for word in ("before", "after", "facts choice acc", "1.000"))

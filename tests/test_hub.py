@@ -1,16 +1,13 @@
 """Pushing edits and loading them by id, over HTTP on loopback."""
 
-import json
-
 import pytest
 from huggingface_hub import constants
-from typer.testing import CliRunner
 
 from tests.edited import FACTS, logits, make_editor, same, wide_model
 from tests.hub_server import TOKEN, running_hub
+from tests.test_cli import run_json
 from tests.tiny import tiny_tokenizer
 from wise_fast import WiseEditor, hub, storage
-from wise_fast.commands import app
 from wise_fast.errors import StorageError, WiseError
 
 ENDPOINT = constants.ENDPOINT
@@ -62,13 +59,15 @@ def test_what_was_fetched_serves_offline(server, editor, monkeypatch):
 def test_a_directory_here_comes_first(server, editor, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     editor.save_pretrained("me/facts")
-    assert load("me/facts").edits == editor.edits and server.seen == []
+    assert load("me/facts").edits == editor.edits
+    with pytest.raises(StorageError, match="has no revision 'v1'"):
+        load("me/facts", revision="v1")
+    assert server.seen == []
 
 
 def test_the_command_line_takes_an_id(server, editor):
     editor.push_to_hub("me/facts", token=TOKEN)
-    found = CliRunner().invoke(app, ["inspect", "me/facts", "--json"])
-    assert json.loads(found.stdout)["edits"] == 2
+    assert run_json("inspect", "me/facts")["edits"] == 2
 
 
 @pytest.mark.parametrize("options", [dict(token="wrong"), dict(token=TOKEN, revision="no such branch")])

@@ -11,12 +11,11 @@ from contextlib import contextmanager
 
 import pytest
 from transformers.utils.import_utils import is_serve_available
-from typer.testing import CliRunner
 
-from tests.edited import ELSEWHERE, FACTS, QUICK, wide_model
+from tests.edited import ELSEWHERE, FACTS, QUICK, saved_model, wide_model
+from tests.test_cli import run
 from tests.tiny import tiny_tokenizer
 from wise_fast import WiseEditor
-from wise_fast.commands import app
 from wise_fast.errors import WiseError
 from wise_fast.metrics import answer
 from wise_fast.serve_command import serve  # noqa: F401  registers the command
@@ -114,9 +113,10 @@ def test_edits_between_requests_appear_in_the_next(editor, address):
     state, fact = editor.state, FACTS[3]
     try:
         before = completed(address, fact.prompt)
-        status, text = post(f"{address}/v1/edits", fact.to_dict())
+        chat = {"prompt": [{"role": "user", "content": fact.prompt}], "target": fact.target}
+        status, text = post(f"{address}/v1/edits", chat)
         assert status == 200 and [report["success"] for report in json.loads(text)["edits"]] == [True]
-        assert completed(address, fact.prompt).strip() == fact.target != before.strip()
+        assert completed(address, fact.prompt, "chat").strip() == fact.target != before.strip()
         editor.rollback()  # by another thread than the server's
         assert completed(address, fact.prompt) == before
     finally:
@@ -162,19 +162,16 @@ def test_an_editor_without_a_model():
 
 class TestCommand:
     def test_serves_the_pack(self, editor, tmp_path, monkeypatch):
-        wide_model().save_pretrained(tmp_path / "model")
-        editor.tokenizer.save_pretrained(tmp_path / "model")
         editor.save_pretrained(tmp_path / "pack")
         given = []
         monkeypatch.setattr(uvicorn, "run", lambda *args, **settings: given.append((args, settings)))
-        words = ["serve", "-m", tmp_path / "model", "-p", tmp_path / "pack", "--port", "8123", "--editable"]
-        done = CliRunner().invoke(app, [*map(str, words)])
-        assert done.exit_code == 0 and "3 edits" in done.stdout and ":8123" in done.stdout
+        words = ["-m", saved_model(tmp_path / "model", editor.tokenizer), "-p", tmp_path / "pack"]
+        shown = run("serve", *words, "--port", 8123, "--editable").stdout
         (((served,), settings),) = given
-        assert settings["port"] == 8123 and "/v1/edits" in {route.path for route in served.routes}
+        assert "3 edits" in shown and ":8123" in shown and settings["port"] == 8123
+        assert "/v1/edits" in {route.path for route in served.routes}
 
     def test_without_the_extra(self, monkeypatch, tmp_path):
         monkeypatch.delitem(sys.modules, "wise_fast.serving")
         monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
-        done = CliRunner().invoke(app, ["serve", "-p", str(tmp_path)])
-        assert done.exit_code == 1 and "wise_fast[serve]" in done.stderr
+        assert "wise_fast[serve]" in run("serve", "-p", tmp_path, code=1).stderr

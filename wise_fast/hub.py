@@ -52,10 +52,13 @@ def local(directory: str | os.PathLike, revision: str | None = None, token: str 
     What exists here is a directory, and so is what cannot be an id ("owner/name", or a name with `revision`).
 
     Raises:
-        StorageError: it is neither here nor on the hub, or the hub cannot be reached and nothing is in its cache.
+        StorageError: it is here and a revision is wanted; it is neither here nor on the hub; or the hub cannot be
+            reached and its cache has nothing.
     """
     wanted = revision is not None or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", os.fspath(directory))
     here = os.path.lexists(directory) or atomic.holds(directory, storage.CONFIG)
+    if here and revision is not None:
+        raise StorageError(f"{directory}: is a directory here, which has no revision {revision!r}; leave it out")
     if not isinstance(directory, str) or not wanted or here:
         return directory
     files = [storage.CONFIG, storage.EDITS, storage.MEMORY, storage.CARD]

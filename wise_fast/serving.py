@@ -12,17 +12,21 @@ from transformers.utils.import_utils import is_serve_available
 
 from wise_fast.errors import WiseError
 
+_NEEDS = "serving needs fastapi, uvicorn, openai, pydantic and a recent transformers: pip install -U 'wise_fast[serve]'"
 if not is_serve_available():
-    raise WiseError("serving needs fastapi, uvicorn, openai and pydantic: pip install 'wise_fast[serve]'")
+    raise WiseError(_NEEDS)
 
-from fastapi import FastAPI, HTTPException
-from fastapi.responses import JSONResponse
-from transformers.cli.serving.chat_completion import ChatCompletionHandler
-from transformers.cli.serving.completion import CompletionHandler
-from transformers.cli.serving.model_manager import ModelManager, TimedModel
-from transformers.cli.serving.response import ResponseHandler
-from transformers.cli.serving.server import build_server
-from transformers.cli.serving.utils import GenerationState
+try:
+    from fastapi import FastAPI, HTTPException
+    from fastapi.responses import JSONResponse
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
+    from transformers.cli.serving.completion import CompletionHandler
+    from transformers.cli.serving.model_manager import ModelManager, TimedModel
+    from transformers.cli.serving.response import ResponseHandler
+    from transformers.cli.serving.server import build_server
+    from transformers.cli.serving.utils import GenerationState
+except ImportError as error:  # transformers before it had its server in parts
+    raise WiseError(_NEEDS) from error
 
 
 def application(editor, name: str = "edited", editable: bool = False) -> FastAPI:
