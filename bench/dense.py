@@ -54,7 +54,7 @@ def measure(editor: WiseEditor, edits: Sequence[Edit]) -> Iterator[Row]:
             with dense.folded(editor, way) as method:
                 found = _figures(method, edits, known["perplexity_before"])
         for name, value in found.items():
-            unit = "share" if name != "perplexity_after" else "perplexity"
+            unit = "perplexity" if name.startswith("perplexity") else "share"
             ratio = value / routed[name] if routed[name] else None
             yield Row("dense", f"{len(edits)} edits, {memories} memories, {way}", name, value, unit, ratio)
 
