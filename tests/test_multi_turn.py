@@ -65,16 +65,17 @@ def by_hand(at, rows, static=False):
 
 
 def by_generate(at, rows):
-    """Decision of the second turn, and what `generate` makes of it on the cache of a `generate` before."""
+    """Decisions of both turns, and what `generate` makes of the second on the cache of a `generate` before."""
     ids, mask, start = two_turns(at, rows)
     cache = DynamicCache(config=at.model.config)
     first = dict(attention_mask=mask[:, :start], min_new_tokens=2, max_new_tokens=2)
     at.model.generate(ids[:, :start], past_key_values=cache, **FIXED | first)
+    before = cache.routing_choice.tolist()
     said = at.model.generate(ids[:, :start], **FIXED | first)[:, start:]
-    ids, mask = torch.cat([ids[:, :start], said, ids[:, start + 2 :]], 1), mask
+    ids = torch.cat([ids[:, :start], said, ids[:, start + 2 :]], 1)
     made = at.model.generate(ids, attention_mask=mask, past_key_values=cache, **FIXED)
     assert torch.equal(cache.routing_choice, at.editor.routing.choice)
-    return at.editor.routing.choice.tolist(), made[:, ids.shape[1] :]
+    return before, at.editor.routing.choice.tolist(), made[:, ids.shape[1] :]
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +94,10 @@ def test_rows_of_a_batch_as_alone(at, alone, static):
 
 def test_generate_on_top_of_generate(at):
     alone = [by_generate(at, [i]) for i in ROWS]
-    choices, made = by_generate(at, ROWS)
-    assert choices == [row[0][0] for row in alone] and {-1} < set(choices)
-    assert torch.equal(made, torch.cat([row[1] for row in alone]))
+    first, second, made = by_generate(at, ROWS)
+    assert first == [row[0][0] for row in alone] and second == [row[1][0] for row in alone]
+    assert {-1} < set(second) and first != second
+    assert torch.equal(made, torch.cat([row[2] for row in alone]))
 
 
 @torch.no_grad()
