@@ -192,16 +192,17 @@ def leverage(model: str, rows: int, memories: int, dtype: torch.dtype, rank: int
         bank = make_bank(place, "neuron", model, memories, dtype)
         size = bank.index.shape[0] // memories
         factors = place.normal(bank.index.shape[0], rank, scale=size**-0.5)
+        ceilings = torch.ones(memories, device=place.device)
 
         def plain():
             out = []
             for j in range(memories):
                 active = a[:, bank.index[j * size : (j + 1) * size]].float()
-                taught = (active @ factors[j * size : (j + 1) * size]).square().sum(1)
-                out.append(taught / active.square().sum(1))
+                out.append(1 - (active @ factors[j * size : (j + 1) * size]).square().sum(1) / ceilings[j])
             return torch.stack(out)
 
-        arms = {"plain": Arm(plain), "ours": Arm(lambda: kernels.leverage(a, bank.index, bank.bounds, factors))}
+        given = a, bank.index, bank.bounds, factors, ceilings
+        arms = {"plain": Arm(plain), "ours": Arm(lambda: kernels.leverage(*given))}
         moved = a.nbytes + factors.nbytes + bank.index.nbytes + 4 * memories * a.shape[0]
         return Built(arms, float(moved), 2.0 * a.shape[0] * factors.numel(), _pair(arms))
 

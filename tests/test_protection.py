@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.edited import FACTS, make_editor
-from wise_fast.protection import absorb, identity, taught_factor
+from wise_fast.protection import RANK, absorb, identity, untaught_factor
 
 
 def batches(count, width, seed=0, rank=None):
@@ -59,20 +59,6 @@ def test_activations_of_nothing_change_nothing():
     assert torch.equal(p, identity(6, "cpu"))
 
 
-@pytest.mark.parametrize("width, rank", [(24, None), (200, 40)])
-def test_leverage_of_the_factor(width, rank):
-    a = [batch.float() for batch in batches(4, width, rank=rank)]
-    p, _ = absorbed(a, 0.5, torch.float32)
-    factor = taught_factor(p, torch.eye(width))
-    assert factor.shape == (width, min(128, width))
-    probes = torch.cat([*a, torch.randn(5, width, generator=torch.Generator().manual_seed(5))])
-    size = probes.square().sum(1)
-    expected = 1 - (probes @ p * probes).sum(1) / size
-    found = (probes @ factor).square().sum(1) / size
-    torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)
-    assert torch.equal(factor, taught_factor(p, torch.eye(width)))  # and it is seeded
-
-
 def movement(protect):
     """How far later edits move the first one's response on its prompt, as a share of the response."""
     editor = make_editor([FACTS[0]], batch_size=1, protect=protect)
@@ -110,12 +96,21 @@ def test_unrelated_text_is_protected_before_the_first_edit():
     assert float((quiet @ shard.p).norm()) < 0.7 * float(quiet.norm())
 
 
-def test_unrelated_text_does_not_count_as_taught():
-    a = batches(2, 24)
-    origin = absorb(identity(24, "cpu"), a[0].float(), 0.5)
-    p = absorb(origin, a[1].float(), 0.5)
-    factor = taught_factor(p, origin)
-    torch.testing.assert_close(factor @ factor.t(), origin - p, rtol=0, atol=5e-3)
+def test_the_factor_says_how_much_of_a_prompt_was_not_taught():
+    """To within what chance does to a sum of many tokens, for what was taught and for what was not."""
+    taught, new = torch.randn(2, 200, 300, generator=torch.Generator().manual_seed(1))
+    p = absorb(torch.eye(300), taught[:100], 0.5)
+    factor = untaught_factor(p)
+    assert factor.shape == (300, RANK) and torch.equal(factor, untaught_factor(p.clone()))
+    prompts = taught[:100], new
+    exact = torch.stack([((a @ p) * a).sum() for a in prompts])
+    found = torch.stack([(a @ factor).square().sum() for a in prompts])
+    torch.testing.assert_close(found, exact, rtol=0.1, atol=0)
+    assert exact[0] < 0.5 * exact[1]
+
+
+def test_a_factor_is_never_wider_than_its_matrix():
+    assert untaught_factor(torch.eye(5)).shape == (5, 5)
 
 
 def test_without_protection_there_is_no_matrix():
@@ -123,22 +118,15 @@ def test_without_protection_there_is_no_matrix():
     assert make_editor([FACTS[0]], layout="element")._state.shard.p is None
 
 
-def test_what_the_largest_directions_leave_out_counts_too():
-    rank, prompts = 64, torch.randn(300, 400, generator=torch.Generator().manual_seed(1))
-    taught = torch.eye(400) - absorb(torch.eye(400), prompts, 0.5)
-    factor = taught_factor(torch.eye(400) - taught, torch.eye(400), rank)
-    assert factor.shape == (400, rank)
-    exact, found = ((prompts @ taught) * prompts).sum(), (prompts @ factor).square().sum()
-    values, vectors = torch.linalg.eigh(taught)
-    largest = (prompts @ vectors[:, -rank:] * values[-rank:].sqrt()).square().sum()
-    assert abs(float(found / exact) - 1) < 0.05 and float(largest / exact) < 0.6
-
-
 def test_a_matrix_that_is_no_protection_is_refused():
     with pytest.raises(ValueError, match="not positive"):
-        taught_factor(3 * torch.eye(300), torch.eye(300))
+        untaught_factor(-torch.eye(300))
 
 
-def test_who_has_been_taught_nothing_has_no_leverage():
-    factor = taught_factor(torch.eye(300), torch.eye(300))
-    assert factor.shape == (300, 128) and float(factor.abs().max()) < 1e-3
+def test_rounding_errors_that_leave_a_matrix_not_quite_positive_do_no_harm():
+    """As after many updates: its least eigenvalues are of the size of what they were rounded by."""
+    p = torch.eye(300)
+    p[0, 0] = -1e-6
+    a = torch.randn(50, 300, generator=torch.Generator().manual_seed(1))
+    found, exact = (a @ untaught_factor(p)).square().sum(), ((a @ p) * a).sum()
+    assert float(found) == pytest.approx(float(exact), rel=0.1)

@@ -1,4 +1,4 @@
-"""Ratios of score to threshold, against the router itself."""
+"""Ratios to what decides scope, against the router itself."""
 
 import pytest
 import torch
@@ -17,7 +17,20 @@ class TestRoutingRatios:
         editor.edit(EDITS[:8])
         return editor
 
-    def test_are_score_over_threshold_of_each_prompt_alone(self, editor):
+    def test_say_of_each_prompt_whether_it_is_in_scope(self, editor):
+        found, kinds = (
+            routing_ratios(editor, EDITS[:8]),
+            {"edit": lambda e: e.prompt, "rephrase": lambda e: e.rephrases[0]},
+        )
+        for kind, text in kinds.items():
+            for edit, ratio in zip(EDITS[:8], found[kind], strict=True):
+                with torch.no_grad():
+                    editor.model(**editor.tokenizer(text(edit), return_tensors="pt"))
+                assert (ratio > 1) == (int(editor.routing.choice) >= 0)
+
+    def test_without_leverage_they_are_score_over_threshold_of_each_prompt_alone(self, editor):
+        editor.config = editor.config.replace(route_by="score")
+        editor.state = editor.state
         found = routing_ratios(editor, EDITS[:3])
         for kind, text in (("edit", EDITS[0].prompt), ("rephrase", EDITS[0].rephrases[0]), ("unrelated", "Bread O")):
             with torch.no_grad():

@@ -191,14 +191,16 @@ def _flatten_memory(memory: SideMemory, prefix: str, tensors: dict[str, Tensor])
         "layout": memory.layout,
         "shape": list(memory.shape),
         "threshold": memory.threshold.hex(),
+        "ceiling": memory.ceiling.hex(),
         "edits": list(memory.edits),
     }
 
 
 def _restore_memory(fact: dict, prefix: str, tensors: dict[str, Tensor]) -> SideMemory:
     values, index, factor = tensors[prefix + "values"], tensors[prefix + "index"], tensors.get(prefix + "factor")
-    threshold = float.fromhex(fact["threshold"])
-    return SideMemory(fact["layout"], values, index, tuple(fact["shape"]), threshold, factor, tuple(fact["edits"]))
+    limits = {name: float.fromhex(fact[name]) for name in ("threshold", "ceiling")}
+    shape, edits = tuple(fact["shape"]), tuple(fact["edits"])
+    return SideMemory(fact["layout"], values, index, shape, factor=factor, edits=edits, **limits)
 
 
 def _flatten_shard(shard: Shard, tensors: dict[str, Tensor]) -> dict:

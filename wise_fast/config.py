@@ -47,6 +47,8 @@ class WiseConfig:
         units: "relative" takes margins and lr in units of the median norm of the main memory's own response, which
             calibrates them to the model; "absolute" takes them as they are.
         act_ratio: a memory's threshold is this share of the least score among its edits.
+        ceiling: a prompt is out of a memory's scope when more than this multiple of what its median edit leaves is new
+            to it (route_by "leverage").
         protect: protected update (DESIGN section 2), neuron layout only.
         protect_lambda: its lambda, in units of the edit's own mean a P a^T.
         protect_irrelevant: the same of sampled unrelated text, which is protected before the first edit; None leaves it
@@ -55,7 +57,8 @@ class WiseConfig:
         shards: shards that are merged into one memory (mode "merge").
         mode: "retrieve" keeps a bank of memories, "merge" TIES-merges them.
         density: share of entries that TIES keeps.
-        route_by: which memory answers: the largest "leverage" or the paper's largest "score" over threshold.
+        route_by: which memory answers: the one that most of the prompt is familiar to ("leverage", protected memories
+            only), or the paper's largest "score" over threshold.
         reduction: of a prompt's token scores: "mean" or "max".
         stop: which token ends an answer and is trained after the target: "eos", "newline", "none", or "auto".
         batch_size: edits captured and judged together.
@@ -89,6 +92,7 @@ class WiseConfig:
     margin_weight: float = 10.0
     units: str = "relative"
     act_ratio: float = 0.9
+    ceiling: float = 3.0
     protect: bool = True
     protect_lambda: float = 1.0
     protect_irrelevant: float | None = 0.3
@@ -110,7 +114,7 @@ class WiseConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
         for name in ("mask_ratio", "density", "act_ratio"):
             self._require(name, lambda v: 0 < v <= 1, "above 0 and at most 1")
-        for name in ("lr", "protect_lambda", "near_limit"):
+        for name in ("lr", "protect_lambda", "near_limit", "ceiling"):
             self._require(name, lambda v: v > 0, "above 0")
         for name in ("alpha", "beta", "gamma", "margin_weight", "nll", "weight_decay"):
             self._require(name, lambda v: v >= 0, "at least 0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -185,8 +186,9 @@ class WiseEditor(Material, Sharing):
         made = (*old, *new)
         held = [score for index, score in scores.items() if made[index].success]
         memory = memory.replace(threshold=self._threshold(held or list(scores.values())))
-        if fit.p is not None and (state.merged or state.closed):
-            memory = memory.replace(factor=protection.taught_factor(fit.p, shard.origin))
+        if fit.p is not None and self.config.route_by == "leverage":
+            memory = memory.replace(factor=protection.untaught_factor(fit.p))
+            memory = memory.replace(ceiling=self._ceiling([memory.novelty(key) for _, key in keys]))
         gone = {i for i, r in enumerate(made) if r.note.startswith("superseded")}
         # A memory of superseded edits alone would only compete with the one that replaced it.
         merged, closed = (tuple(m for m in part if set(m.edits) - gone) for part in (state.merged, state.closed))
@@ -204,6 +206,10 @@ class WiseEditor(Material, Sharing):
     def _threshold(self, scores: Sequence[float]) -> float:
         """`act_ratio * min score` over the edits that hold; failed ones do not drag it down (DESIGN section 2)."""
         return self.config.act_ratio * min(scores)
+
+    def _ceiling(self, novelties: Sequence[float]) -> float:
+        """A multiple of the median over the edits: paraphrases hold more that is new than the prompts taught."""
+        return self.config.ceiling * statistics.median(novelties)
 
     # -- state --------------------------------------------------------------------------------------------------
 

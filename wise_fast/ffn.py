@@ -12,7 +12,8 @@ from wise_fast.errors import UnsupportedModelError
 from wise_fast.memory import Bank
 from wise_fast.routing import Routing
 
-_BUFFERS = ("values", "index", "bounds", "thresholds", "factors")  # of a bank, and of a state dict
+_BUFFERS = ("values", "index", "bounds", "thresholds", "factors", "ceilings")  # of a bank, and of a state dict
+_EXACT = ("thresholds", "factors", "ceilings")  # what decides the routing
 
 
 class DualMemoryLinear(nn.Module):
@@ -95,22 +96,23 @@ class DualMemoryLinear(nn.Module):
             y, side, norms = kernels.dual_forward(*given)
         else:
             y, side, norms = kernels.dual_forward_element(*given, self.popcounts)
-        leverage = None
+        leverage = floors = None
         if self.factors is not None:
-            leverage = kernels.leverage(flat, self.index, self.bounds, self.factors)
+            leverage = kernels.leverage(flat, self.index, self.bounds, self.factors, self.ceilings)
+            floors = torch.zeros_like(self.ceilings)
         mask = self.routing.mask
         if mask is None:
             batch = a.shape[0] if a.ndim > 2 else 1
             mask = torch.ones(batch, flat.shape[0] // max(batch, 1), dtype=torch.bool, device=a.device)
-        scores, choice = kernels.route(norms, mask.to(a.device), self.thresholds, leverage, reduction=self.reduction)
-        self.routing.scores, self.routing.choice = scores.detach(), choice
+        mask = mask.to(a.device)
+        scores, choice = kernels.route(norms, mask, self.thresholds, leverage, floors, self.reduction)
+        self.routing.scores, self.routing.choice, self.routing.leverage = scores.detach(), choice, leverage
         return y, side if one else None, choice
 
     def _apply(self, fn, recurse: bool = True):
-        exact = self.thresholds, self.factors
+        exact = {name: getattr(self, name) for name in _EXACT}
         super()._apply(fn, recurse)
-        # A dtype cast must not round what decides the routing.
-        for name, value in zip(("thresholds", "factors"), exact, strict=True):
+        for name, value in exact.items():  # a dtype cast must not round it
             if value is not None and not value.is_meta:
                 setattr(self, name, value.to(getattr(self, name).device))
         return self

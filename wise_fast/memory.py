@@ -27,7 +27,9 @@ class SideMemory:
         index: [K] int64 sorted columns (neuron), or [d_out, ceil(d_ff/32)] int32 mask bits (element).
         shape: (d_out, d_ff) of the projection.
         threshold: eps of the routing rule, in score units; infinite while the memory holds no edit.
-        factor: [K, r] fp32 thin factor of what it has been taught, for leverage; None in the element layout.
+        factor: [K, r] fp32 thin factor of what it has not been taught (`protection.untaught_factor`), for leverage;
+            None without the protected update.
+        ceiling: how much of that a prompt in its scope may hold, in squares of activations.
         edits: indices of the edits it holds, in the editor's order.
     """
 
@@ -37,6 +39,7 @@ class SideMemory:
     shape: tuple[int, int]
     threshold: float = float("inf")
     factor: Tensor | None = None
+    ceiling: float = float("inf")
     edits: tuple[int, ...] = ()
 
     @classmethod
@@ -55,6 +58,10 @@ class SideMemory:
     def select(self, a: Tensor) -> Tensor:
         """The part of activations that the memory reads, fp32: [N, K] (neuron) or [N, d_ff] (element)."""
         return (a[:, self.index] if self.layout == "neuron" else a).float()
+
+    def novelty(self, selected: Tensor) -> float:
+        """Mean of `a P a^T` over the tokens of a prompt, activations from `select`: how little of it was taught."""
+        return float((selected @ self.factor).square().sum(-1).mean())
 
     def respond(self, selected: Tensor, values: Tensor | None = None) -> Tensor:
         """Side response `a D^T`, [N, d_out] fp32, of activations from `select`; `values` stand in for the memory's."""
@@ -97,7 +104,7 @@ class Bank:
         values, index: concatenated over memories (element bits are stacked, [J, d_out, words]).
         bounds: [J + 1] int64 into `values`, on its device: a change of bank is a change of data, not of code.
         thresholds: [J] fp32.
-        factors: [sum K, r] fp32, or None when memories are told apart by score.
+        factors, ceilings: [sum K, r] and [J] fp32, or None when scores alone decide.
     """
 
     values: Tensor
@@ -105,6 +112,7 @@ class Bank:
     bounds: Tensor
     thresholds: Tensor
     factors: Tensor | None
+    ceilings: Tensor | None
 
     @classmethod
     def pack(cls, memories: list[SideMemory], dtype: torch.dtype, route_by: str = "leverage") -> Bank | None:
@@ -121,11 +129,12 @@ class Bank:
         layout = memories[0].layout
         bounds = list(accumulate((m.values.shape[0] for m in memories), initial=0))
         joined = torch.cat if layout == "neuron" else torch.stack
-        factors = None
-        if route_by == "leverage" and len(memories) > 1 and all(m.factor is not None for m in memories):
+        factors = ceilings = None
+        if route_by == "leverage" and all(m.factor is not None for m in memories):
             rank = max(m.factor.shape[1] for m in memories)
             pad = torch.nn.functional.pad
             factors = torch.cat([pad(m.factor, (0, rank - m.factor.shape[1])) for m in memories])
+            ceilings = torch.tensor([m.ceiling for m in memories], device=factors.device)
         values = torch.cat([m.values for m in memories]).to(dtype)
         if layout == "element":
             # One more in the storage, so that kernels may read them in pairs.
@@ -136,4 +145,5 @@ class Bank:
             torch.tensor(bounds, device=values.device),
             torch.tensor([m.threshold for m in memories], device=values.device),
             factors,
+            ceilings,
         )

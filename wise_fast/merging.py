@@ -8,15 +8,12 @@ from torch import Tensor
 import wise_kernels as kernels
 from wise_fast.config import WiseConfig
 from wise_fast.memory import SideMemory
-from wise_fast.protection import taught_factor
 from wise_fast.state import EditorState
 
 
 def close_shard(state: EditorState, config: WiseConfig) -> EditorState:
     """The state with its open shard closed; in mode "merge", full groups become one memory."""
     memory = state.shard.memory
-    if state.shard.p is not None:
-        memory = memory.replace(factor=taught_factor(state.shard.p, state.shard.origin))
     if config.mode == "retrieve":
         return state.replace(merged=(*state.merged, memory), shard=None)
     closed = (*state.closed, memory)

@@ -74,6 +74,7 @@ class Routing:
         choice: [B] int64 decision of the latest forward: memory index, or -1 for the main memory; None when it asked
             for none (disabled, or no memories).
         scores: [B, J] fp32 of the latest prefill, or None likewise.
+        leverage: [J, B * T] fp32 of its tokens; None where scores alone decide.
 
     A forward decides on the tokens it is given. It keeps the cache's decision when it decodes: with one token, or with
     any number inside `generate` after its first forward. More tokens than one outside `generate` are a new prompt, so
@@ -88,6 +89,7 @@ class Routing:
         self.held: Tensor | None = None
         self.choice: Tensor | None = None
         self.scores: Tensor | None = None
+        self.leverage: Tensor | None = None
         self.turn = Turn()
         self._prompt: Tensor | None = None
         self._generating = False
@@ -168,7 +170,7 @@ class Routing:
             self.held = kept
             self.choice = kept if self.enabled else None
             return
-        self.scores = None
+        self.scores = self.leverage = None
         self.mask = token_mask(given.get("attention_mask"), batch, length, cache, tokens.device)
         if self._prompt is not None:
             prompt = self._prompt.to(tokens.device)[:, :length]

@@ -1,10 +1,11 @@
-"""How loud prompts are in the router's terms: the figure-3 data of the paper, as ratios of score to threshold."""
+"""How far in scope prompts are in the router's terms: the figure-3 data of the paper, as ratios to what decides."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from wise_fast import tokens
 from wise_fast.architectures import evaluating
@@ -25,8 +26,9 @@ def routing_ratios(method, edits: Sequence[Edit], seed: int = 0, most: int = SAM
         most: edits in the sample; it is in the order of `edits`.
 
     Returns:
-        `edit`, `rephrase` and `unrelated`: per prompt, the largest score / threshold over the memories. Above 1 the
-        prompt is in scope. None if the method has no router, or serves no memory.
+        `edit`, `rephrase` and `unrelated`: per prompt, under the memory that would answer it, score / threshold or, if
+        that is less, ceiling / what is new to the memory. Above 1 the prompt is in scope. None if the method has no
+        router, or serves no memory.
     """
     routing = getattr(method, "routing", None)
     if routing is None or not method.projection.memories:
@@ -47,7 +49,7 @@ def sample_prompts(edits: Sequence[Edit], seed: int, most: int = SAMPLE) -> dict
 
 @torch.no_grad()
 def _ratios(method, prompts: Sequence[str]) -> list[float]:
-    """Largest score / threshold of each prompt, in order; all of a prompt's tokens count, as when it is served."""
+    """The ratio of each prompt, in order; all of a prompt's tokens count, as when it is served."""
     rows = [tokens.Example(tokens.encode(method.tokenizer, prompt), ()) for prompt in prompts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
     found = [0.0] * len(rows)
@@ -57,7 +59,17 @@ def _ratios(method, prompts: Sequence[str]) -> list[float]:
         batch = tokens.collate([rows[i] for i in chosen], tokens.pad_token(method.tokenizer), method.device)
         with evaluating(method.model), method.routing.prompt(batch.prompt_mask), method.tail.head_at(first):
             method.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        best = (method.routing.scores / method.projection.thresholds).max(1).values
-        for i, ratio in zip(chosen, best.tolist(), strict=True):
+        for i, ratio in zip(chosen, _best(method, batch.prompt_mask).tolist(), strict=True):
             found[i] = ratio
     return found
+
+
+def _best(method, prompt_mask: Tensor) -> Tensor:
+    """[B] ratios of the latest forward."""
+    loud = method.routing.scores / method.projection.thresholds
+    if method.routing.leverage is None:
+        return loud.amax(1)
+    by_token = torch.where(prompt_mask, method.routing.leverage.unflatten(1, prompt_mask.shape), 0.0)
+    leverage = (by_token.sum(-1) / prompt_mask.sum(-1)).t()
+    familiar = 1 / (1 - leverage).clamp_min(torch.finfo(leverage.dtype).tiny)
+    return torch.minimum(loud, familiar).gather(1, leverage.argmax(1, keepdim=True))[:, 0]

@@ -30,7 +30,6 @@ from wise_fast.config import WiseConfig
 from wise_fast.data import Edit
 from wise_fast.errors import StorageError, WiseError
 from wise_fast.memory import SideMemory
-from wise_fast.merging import close_shard
 from wise_fast.state import EditorState, EditReport
 
 FORMAT, VERSION = "wise_fast", 1
@@ -170,17 +169,11 @@ def sealed(state: EditorState, config: WiseConfig) -> EditorState:
     """The state as loading gives it back: the open shard is a closed memory.
 
     No merge happens here, even when the shard completes a group of `config.shards`; the next one to close takes it
-    along. An open shard without a factor gets one, as closing it would have given it: several memories that were told
-    apart by score for want of it go by leverage from then on. Having served nobody yet, it is kept in half precision.
+    along.
     """
     if state.shard is None or not state.shard.memory.edits:
         return state.replace(shard=None)
     memory = state.shard.memory
-    if memory.factor is None and state.shard.p is not None:
-        alone = EditorState(shard=state.shard)
-        with torch.no_grad():
-            factor = close_shard(alone, config.replace(mode="retrieve")).merged[0].factor
-        memory = memory.replace(factor=None if factor is None else factor.half().float())
     if config.mode == "retrieve":
         return state.replace(merged=(*state.merged, memory), shard=None)
     return state.replace(closed=(*state.closed, memory), shard=None)
@@ -205,6 +198,7 @@ def _facts(memory: SideMemory) -> dict:
         "shape": list(memory.shape),
         "threshold": _plain(memory.threshold),
         "rank": None if memory.factor is None else memory.factor.shape[1],
+        "ceiling": _plain(memory.ceiling),
         "edits": list(memory.edits),
     }
 
@@ -238,8 +232,9 @@ def _state(header: dict, files: dict[str, bytes]) -> EditorState:
         factor = None if fact["rank"] is None else tensors.pop(f"memories.{number}.factor").float()
         values, index = tensors.pop(f"memories.{number}.values"), tensors.pop(f"memories.{number}.index")
         index = index.long() if fact["layout"] == "neuron" else index
-        shape, threshold = tuple(fact["shape"]), _number(fact["threshold"])
-        memory = SideMemory(fact["layout"], values.float(), index, shape, threshold, factor, tuple(fact["edits"]))
+        limits = {name: _number(fact[name]) for name in ("threshold", "ceiling")}
+        shape, edits = tuple(fact["shape"]), tuple(fact["edits"])
+        memory = SideMemory(fact["layout"], values.float(), index, shape, factor=factor, edits=edits, **limits)
         _require_sound(memory, tuple(header["base"]["shape"]), len(reports))
         places[fact["place"]].append(memory)
     if tensors or len({m.layout for m in places["merged"] + places["closed"]}) > 1:
@@ -267,7 +262,7 @@ def _require_sound(memory: SideMemory, shape: tuple[int, int], reports: int) -> 
         sound = sound and memory.factor.ndim == 2 and len(memory.factor) == len(index)
         sound = sound and bool(memory.factor.isfinite().all())
     edits = all(isinstance(edit, int) and 0 <= edit < reports for edit in memory.edits)
-    if not (sound and edits and bool(values.isfinite().all()) and memory.threshold >= 0):
+    if not (sound and edits and bool(values.isfinite().all()) and memory.threshold >= 0 and memory.ceiling >= 0):
         raise StorageError(f"a memory ({memory.layout!r}, {memory.shape}, {len(memory.edits)} edits) is not sound")
 
 

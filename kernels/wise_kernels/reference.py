@@ -69,15 +69,14 @@ def route(norms, prompt_mask, thresholds, leverage=None, floors=None, reduction=
     return scores, choice
 
 
-def leverage(a, columns, bounds, factors):
-    """||a_S U_j||^2 / ||a_S||^2 = 1 - a_S P_j a_S^T / ||a_S||^2 with P_j = I - U_j U_j^T; 0 where a_S = 0."""
-    out = torch.zeros(len(bounds) - 1, a.shape[0])
+def leverage(a, columns, bounds, factors, ceilings):
+    """1 - a_S P_j a_S^T / ceiling_j with P_j = U_j U_j^T."""
+    out = torch.ones(len(bounds) - 1, a.shape[0])
     for j in range(len(bounds) - 1):
         rows = slice(bounds[j], bounds[j + 1])
         for n in range(a.shape[0]):
             active = a[n, columns[rows]].float()
-            if active.square().sum() > 0:
-                out[j, n] = (active @ factors[rows].float()).square().sum() / active.square().sum()
+            out[j, n] -= (active @ factors[rows].float()).square().sum() / ceilings[j]
     return out
 
 

@@ -38,7 +38,7 @@ def _route(
         # Closed memories drop out first, so 0 / 0 at a zero threshold cannot win the argmax as NaN.
         rank = torch.where(in_scope, scores / thresholds.float(), -torch.inf)
     else:
-        # The leverage is a share: a maximum over tokens would be 1 for any prompt with one familiar token.
+        # Averaged, whatever the reduction: its maximum over tokens is near 1 for any prompt with one familiar token.
         rank = reduce_tokens(leverage, prompt_mask, "mean")
         if floors is not None:
             in_scope = in_scope & (rank >= floors.float())

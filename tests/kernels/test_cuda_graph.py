@@ -40,13 +40,14 @@ class Chain(nn.Module):
         tensors |= {
             "weight": normal(OUTPUTS, WIDTH, seed=9, dtype=dtype),
             "thresholds": torch.tensor([30.0, 20.0, 25.0]),
+            "ceilings": torch.tensor([200.0, 90.0, 150.0]),
         }
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
 
     def forward(self, a, mask):
         y, _, norms = dual_forward(a, self.weight, None, self.values, self.columns, self.bounds, response=False)
-        share = leverage(a, self.columns, self.bounds, self.factors)
+        share = leverage(a, self.columns, self.bounds, self.factors, self.ceilings)
         scores, choice = route(norms, mask, self.thresholds, share)
         gated_add_(y, a, self.values, self.columns, self.bounds, choice)
         return y, scores, choice
@@ -55,7 +56,7 @@ class Chain(nn.Module):
         bank = [t.cpu() for t in (self.values, self.columns, self.bounds)]
         dense = reference.dense_neuron(*bank, WIDTH)
         y, _, norms = reference.dual_forward(a.cpu(), self.weight.cpu(), None, dense)
-        share = reference.leverage(a.cpu(), *bank[1:], self.factors.cpu())
+        share = reference.leverage(a.cpu(), *bank[1:], self.factors.cpu(), self.ceilings.cpu())
         choice = reference.route(norms, mask.cpu(), self.thresholds.cpu(), share)[1]
         return reference.gated_add(y, a.cpu(), dense, choice), choice
 
@@ -169,7 +170,7 @@ def served(dtype):
         memory = SideMemory.blank("neuron", (OUTPUTS, WIDTH), 0.4, rng, "cpu")
         factor = torch.linalg.qr(torch.randn(len(memory.values), 7, generator=rng))[0].half().float()
         values = torch.randn(memory.values.shape, generator=rng)
-        memories.append(memory.replace(values=values, threshold=threshold, factor=factor, edits=(0,)))
+        memories.append(memory.replace(values=values, threshold=threshold, factor=factor, ceiling=300.0, edits=(0,)))
     module.to(dtype).to(DEVICE).requires_grad_(False)
     module.set_bank(Bank.pack(memories, dtype))
     return module
@@ -274,7 +275,7 @@ def test_launchers_read_nothing_on_the_host(launches, memories, batch, tokens):
         for run in (
             lambda: routes.route(norms, mask, thresholds, None, None, "mean"),
             lambda: routes.route(norms, mask, thresholds, norms, thresholds, "max"),
-            lambda: lever.leverage(a, index, bounds, factors),
+            lambda: lever.leverage(a, index, bounds, factors, thresholds),
             lambda: gated_add.gated_add(y, a, values, index, bounds, choice),
             lambda: gated_rows.add_side(y, torch.empty(memories, rows, 4096, **kind), choice),
             lambda: gated_add_element.gated_add_element(y, a, packed, bits, bounds, choice, popcounts),

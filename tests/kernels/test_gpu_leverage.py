@@ -18,11 +18,16 @@ def factors_of(columns, rank, seed=3):
     return (0.2 * normal(len(columns), rank, seed=seed)).half().float()
 
 
-def check(device, a, columns, bounds, factors):
+def ceilings_of(bounds):
+    return torch.linspace(0.5, 3, len(bounds) - 1)
+
+
+def check(device, a, columns, bounds, factors, ceilings=None):
+    ceilings = ceilings_of(bounds) if ceilings is None else ceilings
     moved = [t.to(device) for t in (a, columns, bounds, factors)]
-    got, norms = gpu.leverage(*moved), gpu.thin_norms(*moved)
+    got, norms = gpu.leverage(*moved, ceilings.to(device)), gpu.thin_norms(*moved)
     assert got.dtype == torch.float32 and got.shape == norms.shape == (len(bounds) - 1, a.shape[0])
-    assert_fp32(got.cpu(), reference.leverage(a, columns, bounds, factors))
+    assert_fp32(got.cpu(), reference.leverage(a, columns, bounds, factors, ceilings))
     expected = [
         a[:, columns[low:high]].float() @ factors[low:high].float() for low, high in spans(bounds, len(columns))
     ]
@@ -54,11 +59,11 @@ def test_ragged_banks(sizes, tokens, rank, dtype):
           factors_of(columns, rank).to(dtype if dtype == torch.float16 else torch.float32))  # fmt: skip
 
 
-def test_squares_do_not_overflow_and_a_silent_token_has_no_leverage(device, poisoned):
+def test_squares_do_not_overflow_and_a_silent_token_is_no_news(device, poisoned):
     _, columns, bounds = neuron_bank((20, 7))
     a = 3e4 * normal(20, WIDTH).clamp(-2, 2)
     a[::3] = 0
-    check(device, a.half(), columns, bounds, (1e-3 * factors_of(columns, 5)).half().float())
+    check(device, a.half(), columns, bounds, (1e-3 * factors_of(columns, 5)).half().float(), torch.tensor([9e9, 1e8]))
 
 
 def test_factors_in_half_precision_are_as_good(device):
@@ -71,6 +76,7 @@ def test_factors_in_half_precision_are_as_good(device):
 def test_equal_launches_give_equal_bits_and_tokens_do_not_depend_on_each_other(device):
     _, columns, bounds = neuron_bank((40, 20))
     a, columns, bounds, factors = (t.to(device) for t in (normal(16, WIDTH), columns, bounds, factors_of(columns, 33)))
-    full = gpu.leverage(a, columns, bounds, factors)
-    assert torch.equal(full, gpu.leverage(a, columns, bounds, factors))
-    assert torch.equal(full[:, 3:5], gpu.leverage(a[3:5], columns, bounds, factors))
+    ceilings = ceilings_of(bounds).to(device)
+    full = gpu.leverage(a, columns, bounds, factors, ceilings)
+    assert torch.equal(full, gpu.leverage(a, columns, bounds, factors, ceilings))
+    assert torch.equal(full[:, 3:5], gpu.leverage(a[3:5], columns, bounds, factors, ceilings))

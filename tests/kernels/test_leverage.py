@@ -1,4 +1,4 @@
-"""leverage against its definition and its meaning: 1 inside what a memory was taught, 0 outside."""
+"""leverage against its definition and its meaning: 1 inside what a memory was taught, below 0 past its ceiling."""
 
 import pytest
 import torch
@@ -15,38 +15,36 @@ from wise_kernels import leverage, reference
 def test_matches_the_definition(sizes, tokens, dtype):
     _, columns, bounds = neuron_bank(sizes)
     a, factors = normal(2 * WIDTH, tokens, dtype=dtype).t()[:, ::2], 0.2 * normal(len(columns), 4, seed=3)
-    got = leverage(a, columns, bounds, factors)
+    ceilings = torch.linspace(0.5, 3, len(sizes))
+    got = leverage(a, columns, bounds, factors, ceilings)
     assert got.dtype == torch.float32
-    assert_fp32(got, reference.leverage(a, columns, bounds, factors))
+    assert_fp32(got, reference.leverage(a, columns, bounds, factors, ceilings))
 
 
-def test_is_the_share_that_was_taught():
+def test_what_was_taught_has_leverage_one_and_the_rest_counts_against_the_ceiling():
     _, columns, bounds = neuron_bank((20, 12))
-    factors = torch.zeros(32, 6)
-    factors[:20, :6] = torch.linalg.qr(normal(20, 6))[0]
-    factors[20:, :3] = torch.linalg.qr(normal(12, 3, seed=1))[0]
-    a = torch.zeros(3, WIDTH)
-    a[0, columns[:20]] = factors[:20] @ normal(6, seed=2)
-    a[1] = normal(WIDTH, seed=4)
-    got = leverage(a, columns, bounds, factors)
-    assert got[0, 0] == pytest.approx(1.0, abs=1e-5)
-    assert torch.equal(got[:, 2], torch.zeros(2))
-    for j in range(2):
-        rows = slice(bounds[j], bounds[j + 1])
-        active = a[1, columns[rows]]
-        project = torch.eye(len(active)) - factors[rows] @ factors[rows].t()
-        assert got[j, 1] == pytest.approx(float(1 - active @ project @ active / active.square().sum()), abs=1e-5)
+    basis, factors = torch.linalg.qr(normal(20, 20))[0], torch.zeros(32, 14)
+    factors[:20, :14] = basis[:, 6:]  # memory 0 has been taught the first six directions, memory 1 everything
+    a, ceilings = torch.zeros(3, WIDTH), torch.tensor([2.0, 5.0])
+    a[0, columns[:20]] = basis[:, :6] @ normal(6, seed=2)
+    a[1, columns[:20]] = 2 * basis[:, 9]
+    got = leverage(a, columns, bounds, factors, ceilings)
+    torch.testing.assert_close(got, torch.tensor([[1.0, -1.0, 1.0], [1.0, 1.0, 1.0]]))
+    assert torch.equal(leverage(a, columns, bounds, factors, ceilings / 0), torch.ones(2, 3))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(leverage(a, columns, bounds, factors), got)
+        assert torch.equal(leverage(a, columns, bounds, factors, ceilings), got)
 
 
 def test_opcheck_compile_and_errors():
     _, columns, bounds = neuron_bank((5, 3))
-    a, factors = normal(4, WIDTH), normal(8, 2)
-    opcheck(torch.ops.wise.leverage.default, (a, columns, bounds, factors))
+    given = normal(4, WIDTH), columns, bounds, normal(8, 2), torch.tensor([1.0, 2.0])
+    opcheck(torch.ops.wise.leverage.default, given)
     compiled = torch.compile(leverage, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(a, columns, bounds, factors), leverage(a, columns, bounds, factors))
+    assert torch.equal(compiled(*given), leverage(*given))
+    a, columns, bounds, factors, ceilings = given
     with pytest.raises(ValueError, match="columns must be int64"):
-        leverage(a, columns[:3], bounds, factors)
+        leverage(a, columns[:3], bounds, factors, ceilings)
     with pytest.raises(ValueError, match="factors must be"):
-        leverage(a, columns, bounds, factors[:, 0])
+        leverage(a, columns, bounds, factors[:, 0], ceilings)
+    with pytest.raises(ValueError, match=r"ceilings must be a floating point \[2\]"):
+        leverage(a, columns, bounds, factors, ceilings[:1])

@@ -92,8 +92,9 @@ def test_route_and_leverage(device, leveraged):
     _, columns, bounds = neuron_bank((200, 63, 100), width=WIDTH)
     a, factors = normal(2 * TOKENS, WIDTH), normal(len(columns), 8, seed=2) / 16
     given = [normal(3, 2 * TOKENS).abs(), torch.arange(2 * TOKENS).view(2, TOKENS) % 3 > 0, torch.full((3,), 0.5)]
-    share = kernels.leverage(a, columns, bounds, factors)
-    moved, thin = on(device, given), on(device, (a, columns, bounds, factors))
+    thin = a, columns, bounds, factors, torch.tensor([0.5, 0.2, 0.3])
+    share = kernels.leverage(*thin)
+    moved, thin = on(device, given), on(device, thin)
     kernels.route(*moved, share.to(device) if leveraged else None)
     with no_sync():
         on_device = kernels.leverage(*thin)

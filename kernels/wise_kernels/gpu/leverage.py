@@ -1,6 +1,6 @@
-"""leverage on a device: out [J, N] = ||a_S U_j||^2 / ||a_S||^2 with a_S = a[:, columns_j] of a [N, F] and U_j the rows
-bounds[j]:bounds[j+1] of `factors` [R, r], all memories in one grouped launch. `thin_norms` gives ||a_S U_j|| alone, the
-norm of a sketched memory (`sketch.py`).
+"""leverage on a device: out [J, N] = 1 - ||a_S U_j||^2 / ceiling_j with a_S = a[:, columns_j] of a [N, F] and U_j the
+rows bounds[j]:bounds[j+1] of `factors` [R, r], all memories in one grouped launch. `thin_norms` gives ||a_S U_j||
+alone, the norm of a sketched memory (`sketch.py`).
 
 Precision: activations of 16 bits and factors that have been rounded to fp16 have at most 11 significant bits, as many
 as tf32 keeps: tensor cores multiply them exactly and add in fp32. Factors with more bits are rounded to 11. fp32
@@ -33,7 +33,7 @@ BLOCK_SUM = 256
 
 @triton.jit(do_not_specialize=SIZES)
 def thin_fwd_kernel(
-    p_a, p_columns, p_bounds, p_factors, p_taught, p_total, rows, rank, s_an, s_af, s_fk, s_fr,
+    p_a, p_columns, p_bounds, p_factors, p_ceilings, p_out, rows, rank, s_an, s_af, s_fk, s_fr,
     RATIO: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -44,7 +44,6 @@ def thin_fwd_kernel(
     m_n, m_r = o_n < rows, o_r < rank
     low, high = tl.load(p_bounds + j), tl.load(p_bounds + j + 1)
     b_y = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-    b_total = tl.zeros([BLOCK_N], tl.float32)
     p_rows, o_k = p_a + (o_n * s_an)[:, None], low + tl.arange(0, BLOCK_K)
     b_next = active_at(p_rows, columns_at(p_columns, o_k, high), m_n, o_k, high, s_af)
     b_column = columns_at(p_columns, o_k + BLOCK_K, high)
@@ -56,39 +55,28 @@ def thin_fwd_kernel(
         p_tile = p_factors + (o_k * s_fk)[:, None] + (o_r * s_fr)[None, :]
         b_u = tl.load(p_tile, mask=m_k[:, None] & m_r[None, :], other=0.0).to(tl.float32)
         b_y = tl.dot(b_a, b_u, b_y, input_precision=PRECISION)
-        if RATIO:
-            b_total += tl.sum(b_a * b_a, 1)
-    b_taught = tl.sum(b_y * b_y, 1)
-    at = j * rows + o_n
-    if SPLIT:
-        tl.store(p_taught + part.to(tl.int64) * tl.num_programs(1) * rows + at, b_taught, mask=m_n)
-        if RATIO and part == 0:
-            tl.store(p_total + at, b_total, mask=m_n)
-    else:
-        tl.store(p_taught + at, finished(b_taught, b_total, RATIO), mask=m_n)
+    b_square = tl.sum(b_y * b_y, 1)
+    p_out += part.to(tl.int64) * tl.num_programs(1) * rows + j * rows
+    tl.store(p_out + o_n, b_square if SPLIT else finished(b_square, p_ceilings, j, RATIO), mask=m_n)
 
 
 @triton.jit
-def finished(b_taught, b_total, RATIO: tl.constexpr):
-    """The share taught, or the norm; a token without activation on S has been taught nothing."""
+def finished(b_square, p_ceilings, j, RATIO: tl.constexpr):
+    """The leverage, or the norm."""
     if RATIO:
-        return tl.where(b_total > 0, b_taught / tl.where(b_total > 0, b_total, 1.0), 0.0)
-    return tl.sqrt(b_taught)
+        return 1.0 - b_square / tl.load(p_ceilings + j).to(tl.float32)
+    return tl.sqrt(b_square)
 
 
-@triton.jit(do_not_specialize=("count", "parts"))
-def thin_sum_kernel(p_taught, p_total, p_out, count, parts, RATIO: tl.constexpr, BLOCK: tl.constexpr):
-    """Add the parts [parts, count] in their order, so that equal inputs give equal bits, and finish."""
-    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m = o < count
-    count_64 = tl.full([], 0, tl.int64) + count
-    b_taught = tl.zeros([BLOCK], tl.float32)
+@triton.jit(do_not_specialize=("rows", "parts"))
+def thin_sum_kernel(p_parts, p_ceilings, p_out, rows, parts, RATIO: tl.constexpr, BLOCK: tl.constexpr):
+    """Add the parts [parts, J, rows] in their order, so that equal inputs give equal bits, and finish."""
+    o_n, j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
+    m_n, at = o_n < rows, j * rows + o_n
+    b_square = tl.zeros([BLOCK], tl.float32)
     for part in range(parts):
-        b_taught += tl.load(p_taught + o + part * count_64, mask=m, other=0.0)
-    b_total = b_taught
-    if RATIO:
-        b_total = tl.load(p_total + o, mask=m, other=0.0)
-    tl.store(p_out + o, finished(b_taught, b_total, RATIO), mask=m)
+        b_square += tl.load(p_parts + part * (tl.num_programs(1).to(tl.int64) * rows) + at, mask=m_n, other=0.0)
+    tl.store(p_out + at, finished(b_square, p_ceilings, j, RATIO), mask=m_n)
 
 
 def config(rows: int, memories: int, rank: int, exact: bool) -> tuple[int, int, int, int, int]:
@@ -102,37 +90,37 @@ def config(rows: int, memories: int, rank: int, exact: bool) -> tuple[int, int, 
     return LARGE[min(128, max(32, triton.next_power_of_2(rank)))]
 
 
-def _thin(a: Tensor, columns: Tensor, bounds: Tensor, factors: Tensor, ratio: bool) -> Tensor:
+def _thin(a: Tensor, columns: Tensor, bounds: Tensor, factors: Tensor, ceilings: Tensor | None) -> Tensor:
     memories, rows, rank = bounds.shape[0] - 1, a.shape[0], factors.shape[1]
+    ratio = ceilings is not None
     out = torch.empty(memories, rows, dtype=torch.float32, device=a.device)
     if out.numel() == 0 or rank == 0:
-        return out.zero_()
+        return out.fill_(float(ratio))
     exact = a.dtype not in (torch.float16, torch.bfloat16)
     block_n, block_k, block_r, num_warps, num_stages = config(rows, memories, rank, exact)
     parts = triton.cdiv(rank, block_r)
-    taught = out if parts == 1 else torch.empty(parts, *out.shape, dtype=torch.float32, device=a.device)
-    total = torch.empty_like(out) if ratio and parts > 1 else None
-    columns = columns.contiguous()
+    squares = out if parts == 1 else torch.empty(parts, *out.shape, dtype=torch.float32, device=a.device)
+    columns, ceilings = columns.contiguous(), ceilings.contiguous() if ratio else None
     with guard(a):
         thin_fwd_kernel[(triton.cdiv(rows, block_n), memories, parts)](
-            a, columns, bounds, factors, taught, total, rows, rank, *a.stride(), *factors.stride(),
+            a, columns, bounds, factors, ceilings, squares, rows, rank, *a.stride(), *factors.stride(),
             RATIO=ratio, SPLIT=parts > 1, PRECISION="ieee" if exact else "tf32",
             BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=block_r, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
         if parts > 1:
-            grid = (triton.cdiv(out.numel(), BLOCK_SUM),)
-            thin_sum_kernel[grid](taught, total, out, out.numel(), parts, RATIO=ratio, BLOCK=BLOCK_SUM)
+            grid = (triton.cdiv(rows, BLOCK_SUM), memories)
+            thin_sum_kernel[grid](squares, ceilings, out, rows, parts, RATIO=ratio, BLOCK=BLOCK_SUM)
     return out
 
 
-def leverage(a: Tensor, columns: Tensor, bounds: Tensor, factors: Tensor) -> Tensor:
+def leverage(a: Tensor, columns: Tensor, bounds: Tensor, factors: Tensor, ceilings: Tensor) -> Tensor:
     """[J, N] fp32 of `wise_kernels.leverage`; a and factors of any strides and floating dtypes up to fp32."""
-    return _thin(a, columns, bounds, factors, True)
+    return _thin(a, columns, bounds, factors, ceilings)
 
 
 def thin_norms(a: Tensor, columns: Tensor, bounds: Tensor, factors: Tensor) -> Tensor:
     """||a_S U_j|| [J, N] fp32 of the same arguments."""
-    return _thin(a, columns, bounds, factors, False)
+    return _thin(a, columns, bounds, factors, None)
 
 
 def aot_cases() -> list[AotCase]:
@@ -150,9 +138,9 @@ def aot_cases() -> list[AotCase]:
                 "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": block_r,
             }  # fmt: skip
             pointers = {"p_a": f"*{dtype}", "p_columns": "*i64", "p_bounds": "*i64", "p_factors": "*fp32"}
-            pointers |= {"p_taught": "*fp32", "p_total": "*fp32"}
-            if not (ratio and split):
-                constexprs["p_total"] = None
+            pointers |= {"p_ceilings": "*fp32", "p_out": "*fp32"}
+            if not ratio:
+                constexprs["p_ceilings"] = None
             signature = {
                 name: "constexpr" if name in constexprs else pointers.get(name, "i32")
                 for name in thin_fwd_kernel.arg_names
@@ -163,9 +151,9 @@ def aot_cases() -> list[AotCase]:
                 signature, constexprs, num_warps, num_stages, "mma" if precision == "tf32" else None, divisible,
             ))  # fmt: skip
     for ratio in (True, False):
-        signature = {"p_taught": "*fp32", "p_total": "*fp32" if ratio else "constexpr", "p_out": "*fp32"}
-        signature |= {"count": "i32", "parts": "i32", "RATIO": "constexpr", "BLOCK": "constexpr"}
-        constexprs = {"RATIO": ratio, "BLOCK": BLOCK_SUM} | ({} if ratio else {"p_total": None})
+        signature = {"p_parts": "*fp32", "p_ceilings": "*fp32" if ratio else "constexpr", "p_out": "*fp32"}
+        signature |= {"rows": "i32", "parts": "i32", "RATIO": "constexpr", "BLOCK": "constexpr"}
+        constexprs = {"RATIO": ratio, "BLOCK": BLOCK_SUM} | ({} if ratio else {"p_ceilings": None})
         divisible = tuple(n for n, kind in signature.items() if kind.startswith("*"))
         name = f"leverage/sum/{'ratio' if ratio else 'norm'}"
         cases.append(AotCase(name, thin_sum_kernel, signature, constexprs, divisible=divisible))

@@ -109,7 +109,7 @@ def route_fwd_kernel(
     tl.store(p_scores + b * memories + o_j, b_score, mask=m_j)
     b_share = b_score
     if LEVERAGE:
-        # A share is averaged: its maximum would be 1 for any prompt with one familiar token.
+        # Averaged, whatever the reduction: its maximum is near 1 for any prompt with one familiar token.
         b_share = reduce_tokens(p_leverage, p_mask, tokens, o_j, m_j, base, s_lj, s_ln, s_mt, False, BLOCK_J, BLOCK_T)
         if not CHOOSE:
             tl.store(p_shares + b * memories + o_j, b_share, mask=m_j)
