@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,13 @@ def make_editor(facts=(), family: str = "mistral", **changes) -> WiseEditor:
     if facts:
         editor.edit(facts)
     return editor
+
+
+def saved_model(directory: Path, tokenizer=None) -> str:
+    """A new directory with the wide model and its tokenizer, as `load_model` and the command line take it."""
+    wide_model().save_pretrained(directory)
+    (tiny_tokenizer() if tokenizer is None else tokenizer).save_pretrained(directory)
+    return str(directory)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from bench import measure, memory, quality, records, run, serving
+from bench import dense, measure, memory, quality, records, run, serving
 from bench.records import ROW_COLUMNS, Row
 from tests.tiny import tiny_model, tiny_tokenizer
 from wise_fast import WiseConfig, WiseEditor
@@ -177,6 +177,17 @@ def test_quality_scores_and_restores(capsys, source, tmp_path):
     read = records.read(tmp_path / "quality.csv")
     assert [row["seed"] for row in read] == ["0", "1", "mean of 0,1"]
     assert rows[2]["reliability"] == pytest.approx((rows[0]["reliability"] + rows[1]["reliability"]) / 2)
+
+
+def test_folded_edits_beside_routed_ones(capsys, source, tmp_path, little_to_read):
+    arguments = ["--model", source, *QUICK, "--set", "shard_size=2", "--out", str(tmp_path), "--json"]
+    dense.main(arguments)
+    rows = json.loads(capsys.readouterr().out)
+    sound(rows)
+    assert {row["case"] for row in rows} == {f"3 edits, 2 memories, {way}" for way in ("routed", "ties", "sum")}
+    assert all(row["ratio"] in (None, 1.0) for row in rows if "routed" in row["case"])
+    assert value(rows, "perplexity_after", "ties") != value(rows, "perplexity_after", "sum")
+    assert len(records.read(tmp_path / "dense.csv")) == len(rows)
 
 
 def test_a_quality_run_with_generation_has_exact_matches(setting):

@@ -56,8 +56,15 @@ def pack(tmp_path_factory, model, edits):
 
 @pytest.fixture
 def unsaved(monkeypatch):
-    """Saving replaced by an empty directory, for tests of everything else."""
-    monkeypatch.setattr(WiseEditor, "save_pretrained", lambda self, out: Path(out).mkdir(), raising=False)
+    """Saving replaced by an empty directory, for tests of everything else; the metrics it was given."""
+    given = []
+
+    def save(self, out, metrics=None):
+        Path(out).mkdir(exist_ok=True)
+        given.append(metrics)
+
+    monkeypatch.setattr(WiseEditor, "save_pretrained", save)
+    return given
 
 
 def run(*arguments, code=0):
@@ -187,6 +194,7 @@ class TestEdit:
         found = run_json("edit", "-m", model, "-e", edits, "-o", out, *FAST, "--set", "max_steps=1", code=3)
         assert found["summary"]["failed"] == len(found["edits"]) == 3 and out.is_dir()
         assert found["config"]["max_steps"] == 1 and set(found["metrics"]) >= {"reliability", "locality"}
+        assert unsaved == [None, found["metrics"]]  # at once, and again with what the card is to say
 
     def test_tables_on_stdout_and_progress_on_stderr(self, tmp_path, model, edits, unsaved):
         arguments = ["edit", "-m", model, "-e", edits, "-o", tmp_path / "p", *FAST, "--set", "max_steps=1"]

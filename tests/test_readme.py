@@ -9,7 +9,14 @@ import pytest
 import typer
 
 from tests.tiny import tiny_model, tiny_tokenizer
-from wise_fast import models, report_command, run_command  # noqa: F401  the last two register their commands
+from wise_fast import (  # noqa: F401  most register their commands
+    export_command,
+    harness_command,
+    models,
+    report_command,
+    run_command,
+    serve_command,
+)
 from wise_fast.commands import app
 from wise_fast.settings import build_config
 
@@ -50,7 +57,7 @@ def test_python_runs(demo_is_tiny, tmp_path, monkeypatch, capsys):
         exec(compile(code, f"README.md, Python block {number}", "exec"), names)
     printed = capsys.readouterr().out.splitlines()
     assert len(PYTHON) >= 2 and printed[-1] == "True"  # as the comment beside it says
-    assert {file.name for file in tmp_path.iterdir()} == {"pack"}
+    assert {file.name for file in tmp_path.iterdir()} == {"pack", "dense"}
 
 
 @pytest.mark.parametrize("arguments", shell("wise-fast"), ids=" ".join)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from wise_fast import display, storage
+from wise_fast import display, hub, storage
 from wise_fast.atomic import read_directory
 from wise_fast.config import WiseConfig
 from wise_fast.data import Edit
@@ -19,8 +19,6 @@ from wise_fast.state import EditReport
 from wise_fast.tasks import evaluate
 from wise_fast.terminal import FAILED_EDITS, INTERRUPTED, Terminal
 
-_OWNED = {storage.CONFIG, storage.EDITS, storage.MEMORY}
-
 
 def new_editor(it: Terminal, model: str, dtype: str, device: str | None, config: WiseConfig) -> WiseEditor:
     """An editor on a freshly loaded model."""
@@ -31,6 +29,7 @@ def new_editor(it: Terminal, model: str, dtype: str, device: str | None, config:
 
 def saved_editor(it: Terminal, model: str, dtype: str, device: str | None, pack: Path) -> WiseEditor:
     """An editor with the edits that were saved in `pack`."""
+    pack = hub.local(str(pack))
     read_directory(pack, [storage.CONFIG])  # a wrong path is told before the model is loaded
     it.hush_transformers()
     with it.step(f"loading {model} and {pack}"):
@@ -41,7 +40,7 @@ def check_out(out: Path) -> None:
     """Raise StorageError early, before hours of editing, if `out` cannot become a directory of edits."""
     if out.exists() and not out.is_dir():
         raise StorageError(f"--out {out}: is a file, expected a directory to save in; name another")
-    foreign = {path.name for path in out.iterdir()} - _OWNED if out.exists() else ()
+    foreign = {path.name for path in out.iterdir()} - {*storage.owned(out)} if out.exists() else ()
     if foreign:
         raise StorageError(
             f"--out {out}: holds other things ({min(foreign)!r}), which saving never replaces; name another"

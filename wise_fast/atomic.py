@@ -100,6 +100,15 @@ def read_directory(directory: str | os.PathLike, names: Iterable[str]) -> dict[s
         raise StorageError(f"{directory}: cannot be read ({_reason(error)}); check the path") from error
 
 
+def holds(directory: str | os.PathLike, name: str) -> bool:
+    """Whether the directory, or what an interrupted writer left of it, has a file of that name."""
+    try:
+        target = _resolved(directory)
+    except (OSError, ValueError):
+        return False
+    return any((place / name).is_file() for place in (target, _old(target)))
+
+
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 

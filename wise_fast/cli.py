@@ -11,7 +11,13 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):  # a model may say anything, a terminal may not show everything
             stream.reconfigure(errors="replace")
     try:
-        from wise_fast import report_command, run_command  # noqa: F401  register their commands
+        from wise_fast import (  # noqa: F401  register their commands
+            export_command,
+            harness_command,
+            report_command,
+            run_command,
+            serve_command,
+        )
         from wise_fast.commands import app
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("typer", "rich"):

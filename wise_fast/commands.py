@@ -28,7 +28,7 @@ app = typer.Typer(
 command = functools.partial(app.command, epilog=_EXIT_CODES)
 
 Model = Annotated[str, typer.Option("--model", "-m", help="'demo', a directory, or a Hugging Face hub id.")]
-Pack = Annotated[Path, typer.Option("--pack", "-p", help="Directory that `edit --out` wrote.")]
+Pack = Annotated[Path, typer.Option("--pack", "-p", help="Directory that `edit --out` wrote, or a hub id.")]
 Device = Annotated[str | None, typer.Option(help="Where to run, such as cuda or cpu.")]
 Dtype = Annotated[str, typer.Option(help="Of the weights: auto keeps the stored one; float32, bfloat16, ...")]
 Irrelevant = Annotated[
@@ -135,6 +135,8 @@ def edit(
         done = it.code != INTERRUPTED
         metrics = actions.score(it, editor, chosen, generate=False) if evaluate and done else None
         means = metrics.summary() if metrics else None
+        if means:
+            editor.save_pretrained(out, means)  # once more: the edits are safe already, and their card has the metrics
         summary = actions.summary(reports) | {"given": len(chosen), "memories": len(editor.memories), "pack": str(out)}
         it.emit(
             {
@@ -225,7 +227,7 @@ def generate(
 @command()
 def inspect(
     context: typer.Context,
-    pack: Annotated[Path, typer.Argument(help="Directory that `edit --out` wrote.")],
+    pack: Annotated[Path, typer.Argument(help="Directory that `edit --out` wrote, or a hub id.")],
     as_json: Json = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -233,7 +235,7 @@ def inspect(
     """Show what a saved directory holds, without loading a model."""
     with terminal(context, as_json, verbose, quiet) as it:
         with it.step(f"reading {pack}"):
-            from wise_fast import storage
+            from wise_fast import hub, storage
 
-            found = storage.inspect(pack)
+            found = storage.inspect(hub.local(str(pack)))
         it.emit(found, display.pack_table(str(pack), found))

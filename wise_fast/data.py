@@ -13,17 +13,18 @@ from pathlib import Path
 
 from wise_fast.errors import EditDataError
 from wise_fast.formats import check_text, check_texts, read_record, shown
+from wise_fast.messages import Messages, check_messages, check_prompt, to_json
 
 
 @dataclass(frozen=True)
 class Locality:
     """An unrelated prompt whose output must not change, and its reference answer if there is one."""
 
-    prompt: str
+    prompt: str | Messages
     answer: str | None = None
 
     def __post_init__(self) -> None:
-        check_text(self.prompt, "prompt")
+        object.__setattr__(self, "prompt", check_prompt(self.prompt, "prompt"))
         if self.answer is not None:
             check_text(self.answer, "answer")
 
@@ -35,25 +36,30 @@ class Edit:
     rephrases: paraphrases of the prompt, for generalization. ood_prompts: out-of-distribution passages (temporal
     task). locality: unrelated prompts, for measuring only. irrelevant: text for the margin loss (DESIGN, eq. 5).
     truth: the answer that `target` replaces, for measuring only (CounterFact compares the two).
+    Prompts (prompt, rephrases, locality) are text or chat messages, [{"role": "user", "content": ...}]; editing and
+    evaluating render those with the tokenizer's chat template. messages: what a rendered `prompt` was made of.
     """
 
-    prompt: str
+    prompt: str | Messages
     target: str
     subject: str | None = None
-    rephrases: tuple[str, ...] = ()
+    rephrases: tuple[str | Messages, ...] = ()
     ood_prompts: tuple[str, ...] = ()
     locality: tuple[Locality, ...] = ()
     irrelevant: str | None = None
     id: str | None = None
     truth: str | None = None
+    messages: Messages = ()
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "target", "subject", "irrelevant", "id", "truth"):
+        for name in ("target", "subject", "irrelevant", "id", "truth"):
             value = getattr(self, name)
-            if value is not None or name in ("prompt", "target"):
+            if value is not None or name == "target":
                 check_text(value, name)
-        for name in ("rephrases", "ood_prompts"):
-            object.__setattr__(self, name, check_texts(getattr(self, name), name))
+        object.__setattr__(self, "prompt", check_prompt(self.prompt, "prompt"))
+        object.__setattr__(self, "rephrases", _check_prompts(self.rephrases, "rephrases"))
+        object.__setattr__(self, "ood_prompts", check_texts(self.ood_prompts, "ood_prompts"))
+        object.__setattr__(self, "messages", check_messages(self.messages, "messages") if self.messages else ())
         places = self.locality
         if not isinstance(places, (list, tuple)) or not all(isinstance(place, Locality) for place in places):
             raise EditDataError(
@@ -63,15 +69,16 @@ class Edit:
 
     def to_dict(self) -> dict:
         """The canonical record: JSON values only, absent fields left out. `from_dict` restores an equal Edit."""
-        record: dict = {"prompt": self.prompt, "target": self.target}
+        record: dict = {"prompt": to_json(self.prompt), "target": self.target}
         optional = {
             "subject": self.subject,
-            "rephrases": list(self.rephrases),
+            "rephrases": [to_json(prompt) for prompt in self.rephrases],
             "ood_prompts": list(self.ood_prompts),
-            "locality": [{"prompt": p.prompt} | ({"answer": p.answer} if p.answer else {}) for p in self.locality],
+            "locality": [_place(p) for p in self.locality],
             "irrelevant": self.irrelevant,
             "id": self.id,
             "truth": self.truth,
+            "messages": to_json(self.messages),
         }
         return record | {name: value for name, value in optional.items() if value}
 
@@ -121,7 +128,7 @@ def load_edits(
 def _irrelevant(where: str, partner: Edit) -> str:
     if partner.irrelevant is not None:
         return partner.irrelevant
-    if not partner.locality:
+    if not partner.locality or not isinstance(partner.locality[0].prompt, str):
         raise EditDataError(
             f"{where}: holds no irrelevant text; expected 'loc_prompt', 'irrelevant' or a locality prompt"
         )
@@ -168,6 +175,16 @@ def demo_edits() -> list[Edit]:
 def joined(prompt: str, answer: str) -> str:
     """Prompt and answer as one text, with a space between where neither brings white space."""
     return prompt + ("" if prompt[-1:].isspace() or answer[:1].isspace() else " ") + answer
+
+
+def _check_prompts(values: object, field: str) -> tuple[str | Messages, ...]:
+    if not isinstance(values, (list, tuple)):
+        raise EditDataError(f"field '{field}': expected a list of texts, got {shown(values)}; put it in a list")
+    return tuple(check_prompt(value, f"{field}[{i}]") for i, value in enumerate(values))
+
+
+def _place(place: Locality) -> dict:
+    return {"prompt": to_json(place.prompt)} | ({"answer": place.answer} if place.answer else {})
 
 
 def _folded(text: str) -> str:

@@ -81,14 +81,20 @@ def metrics_table(summary: Mapping[str, float | None]) -> Table:
     return table
 
 
-def evaluations_table(evaluations: Sequence[Mapping]) -> Table:
-    """The means of a run's evaluations, a column each; one has `t` and `figures`."""
-    counts = [str(found["t"]) for found in evaluations]
-    table = _table("evaluations", "after edits", *counts, numbers=counts)
-    for name in evaluations[-1]["figures"]:
-        values = [found["figures"].get(name) for found in evaluations]
+def compared_table(title: str, found: Mapping[str, Mapping[str, float | None]]) -> Table:
+    """Figures beside each other, a column each; those that none has are left out."""
+    table = _table(title, "metric", *found, numbers=tuple(found))
+    for name in dict.fromkeys(name for figures in found.values() for name in figures):
+        values = [figures.get(name) for figures in found.values()]
         if any(value is not None for value in values):
             table.add_row(name.replace("_", " "), *("–" if value is None else f"{value:.3f}" for value in values))
+    return table
+
+
+def evaluations_table(evaluations: Sequence[Mapping]) -> Table:
+    """The means of a run's evaluations, a column each; one has `t` and `figures`."""
+    table = compared_table("evaluations", {str(found["t"]): found["figures"] for found in evaluations})
+    table.columns[0].header = "after edits"
     return table
 
 
@@ -152,7 +158,8 @@ def pack_table(title: str, found: Mapping) -> Table:
     """What `storage.inspect` found; of the settings those that differ from the defaults."""
     default = WiseConfig().to_dict()
     changed = {k: v for k, v in found.get("config", {}).items() if k not in default or v != default[k]}
-    return pairs_table(title, {**found, "config": changed or "the defaults"})
+    shown = {name: value for name, value in found.items() if value != {}}
+    return pairs_table(title, {**shown, "config": changed or "the defaults"})
 
 
 def pairs_table(title: str, values: Mapping) -> Table:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,8 +11,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from wise_fast import fingerprint, merging, objective, protection, storage, tokens, training
+from wise_fast import merging, objective, protection, tokens, training
 from wise_fast.architectures import find_architecture
+from wise_fast.chat import rendered
 from wise_fast.config import WiseConfig
 from wise_fast.data import Edit, as_edits, deduplicate
 from wise_fast.errors import ConfigError, WiseError
@@ -21,15 +21,17 @@ from wise_fast.ffn import DualMemoryLinear
 from wise_fast.material import Material, seed_of
 from wise_fast.memory import Bank, SideMemory, storable
 from wise_fast.routing import Generation, Routing
+from wise_fast.sharing import Sharing
 from wise_fast.state import EditorState, EditReport, Shard
 from wise_fast.tail import Tail
+from wise_fast.turns import in_turn
 
 logger = logging.getLogger(__name__)
 
 _FAILED = "not fitted: its target or its routing margin did not hold within max_steps"
 
 
-class WiseEditor(Material):
+class WiseEditor(Material, Sharing):
     """Edits a Hugging Face causal LM in place; the model stays usable through `model(...)` and `model.generate`.
 
     Args:
@@ -60,6 +62,7 @@ class WiseEditor(Material):
 
     @torch.inference_mode(False)
     @torch.enable_grad()
+    @in_turn
     def edit(self, edits: Edit | dict | Iterable[Edit | dict], progress: bool = False) -> list[EditReport]:
         """Teach facts, `config.batch_size` at a time.
 
@@ -76,7 +79,7 @@ class WiseEditor(Material):
         Raises:
             EditDataError: an edit is unusable, does not fit the context, or tokenizes to nothing.
         """
-        given = as_edits(edits)
+        given = rendered(self.tokenizer, as_edits(edits))
         kept, superseded = deduplicate(given)
         reports: dict[int, EditReport] = {
             s.position: EditReport(s.edit, note=_superseded(f"edit {s.by_position + 1} of this call", s.contradicting))
@@ -102,7 +105,7 @@ class WiseEditor(Material):
 
     def check(self, edits: Iterable[Edit]) -> None:
         """Raise EditDataError, as `edit` would, if one of these edits cannot be learned."""
-        for place, edit in enumerate(edits):
+        for place, edit in enumerate(rendered(self.tokenizer, edits)):
             self._examples([edit], [place])
 
     def _open_shard(self, state: EditorState) -> EditorState:
@@ -235,6 +238,7 @@ class WiseEditor(Material):
         self._set_state(state)
         self._undo = []
 
+    @in_turn
     def _set_state(self, state: EditorState) -> None:
         bank = Bank.pack(state.memories, self.projection.weight.dtype, self.config.route_by)
         self.projection.set_bank(bank)
@@ -273,40 +277,6 @@ class WiseEditor(Material):
             f"cannot take back {to} edits; states are kept from {reachable or 'no'} edits ago. Edits of one batch go "
             "together: use batch_size=1, a larger undo_depth, or checkpoint(name)"
         )
-
-    # -- saving -------------------------------------------------------------------------------------------------
-
-    def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Save the edits, compactly and without the base model, to a directory: new, empty, or one saved before.
-
-        It is written in one step: whatever happens, the directory holds what it held before or all of the new.
-
-        Raises:
-            StorageError: the directory holds other things or cannot be written; it is as it was, and so is the model.
-        """
-        storage.save(directory, fingerprint.describe(self.model, self.architecture), self.config, self._state)
-
-    @classmethod
-    def from_pretrained(cls, model: nn.Module, tokenizer, directory: str | os.PathLike) -> WiseEditor:
-        """Attach the editor saved in `directory` to its base model, which then answers exactly as the saved one did.
-
-        The memories of the directory are closed: the next edit opens a new one.
-
-        Raises:
-            StorageError: the directory is missing, damaged, changed, of a newer format, or made for another base
-                model or dtype; the model is as it was.
-            ConfigError: the model has an editor already.
-            UnsupportedModelError: the model's structure cannot be edited.
-        """
-        saved = storage.load(directory)
-        fingerprint.check(saved.base, model, saved.config.layer)
-        editor = cls(model, tokenizer, saved.config)
-        try:
-            editor._set_state(saved.state_on(editor.device))
-        except BaseException:
-            editor.unload()
-            raise
-        return editor
 
     # -- attaching ----------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Record formats of edit files: told apart by their fields, translated to the fields of `wise_fast.data.Edit`.
 
-canonical    prompt, target [subject, rephrases, ood_prompts, locality, irrelevant, id, truth]; others are errors
+canonical    prompt, target [subject, rephrases, ood_prompts, locality, irrelevant, id, truth, messages], no others;
+             prompts are text or chat messages, [{"role": "user", "content": ...}]
 request      prompt, target_new [...]                      the keys that model-editing tools exchange (EasyEdit)
 MEND         src, alt [rephrase, subject, loc, loc_ans]    ZsRE as Mitchell et al. 2022 split it
 CounterFact  requested_rewrite{prompt, target_new{str}, subject} [...]    Meng et al. 2022
@@ -14,7 +15,8 @@ from collections.abc import Mapping
 
 from wise_fast.errors import EditDataError
 
-CANONICAL = ("prompt", "target", "subject", "rephrases", "ood_prompts", "locality", "irrelevant", "id", "truth")
+_MEASURED = ("rephrases", "ood_prompts", "locality", "truth")
+CANONICAL = ("prompt", "target", "subject", "irrelevant", "id", "messages", *_MEASURED)
 
 
 def shown(value: object) -> str:
@@ -93,8 +95,7 @@ def _check_known(record: Mapping, known: tuple[str, ...], inside: str = "") -> N
 def _read_canonical(record: Mapping) -> dict:
     _check_known(record, CANONICAL)
     fields = {key: value for key, value in record.items() if value is not None}
-    for key in ("prompt", "target"):
-        fields[key] = _required(record, key)
+    fields |= {"prompt": _prompt(record), "target": _required(record, "target")}
     places = fields.get("locality", [])
     if not isinstance(places, (list, tuple)):
         raise EditDataError(f"field 'locality': expected a list of objects, got {shown(places)}; put it in a list")
@@ -104,7 +105,7 @@ def _read_canonical(record: Mapping) -> dict:
         _check_known(check_object(place, inside), ("prompt", "answer"), f"{inside}.")
         answer = place.get("answer")
         answer = answer if answer is None else check_text(answer, f"{inside}.answer")
-        fields["locality"].append({"prompt": _required(place, "prompt", f"{inside}."), "answer": answer})
+        fields["locality"].append({"prompt": _prompt(place, f"{inside}."), "answer": answer})
     return fields
 
 
@@ -117,7 +118,7 @@ def _read_request(record: Mapping) -> dict:
             raise EditDataError(f"field '{inside}prompt' is missing; add it, or drop '{inside[:-1]}'")
         locality += _locality(place, "prompt", "ground_truth", inside)
     return {
-        "prompt": _required(record, "prompt"),
+        "prompt": _prompt(record),
         "target": _required(record, "target_new"),
         "subject": _optional(record.get("subject"), "subject"),
         "rephrases": _texts(record, "rephrase_prompt"),
@@ -176,6 +177,12 @@ def _required(record: Mapping, key: str, inside: str = "") -> str:
     if key not in record:
         raise EditDataError(f"field '{inside}{key}' is missing; expected text; add it")
     return check_text(record[key], inside + key)
+
+
+def _prompt(record: Mapping, inside: str = "") -> object:
+    """Text, or chat messages, which the Edit checks."""
+    given = record.get("prompt")
+    return given if isinstance(given, (list, tuple)) else _required(record, "prompt", inside)
 
 
 def _optional(value: object, field: str) -> str | None:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wise_fast import gauges, recorded, run_header
+from wise_fast.chat import rendered
 from wise_fast.checkpoint import Checkpoints, Digester
 from wise_fast.data import Edit, deduplicate
 from wise_fast.errors import ConfigError, StorageError, WiseError
@@ -110,7 +111,7 @@ class Run:
         self.method, self.name, self.out = method, name, Path(out)
         self.settings = RunSettings() if settings is None else settings
         self.T = self.settings.edits_of(len(edits))
-        self.edits = list(edits[: self.T])
+        self.edits = rendered(method.tokenizer, edits[: self.T])
         self.points = self.settings.points(self.T)
         if method.edits:
             raise ConfigError(f"the method holds {len(method.edits)} edits already; a run needs a fresh one")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from wise_fast import tokens
 from wise_fast.architectures import Architecture
 from wise_fast.augment import drop_words, sample_texts, swap_subject
+from wise_fast.chat import reworded
 from wise_fast.config import WiseConfig
 from wise_fast.data import Edit
 from wise_fast.errors import EditDataError
@@ -111,7 +112,7 @@ class Material:
 
     def _neighbours(self, edit: Edit) -> list[str]:
         generator = torch.Generator().manual_seed(seed_of(self.config.seed, "near", edit.prompt))
-        return swap_subject(edit.prompt, edit.subject, self.config.near, generator)
+        return reworded(edit, lambda text: swap_subject(text, edit.subject, self.config.near, generator))
 
     def _texts(self, limits: dict[str, float]) -> Texts:
         most = min(_QUIET_MOST, self.architecture.context or _QUIET_MOST)
@@ -145,8 +146,12 @@ class Material:
 
     def _shortened(self, edit: Edit) -> list[str]:
         generator = torch.Generator().manual_seed(seed_of(self.config.seed, "drop", edit.prompt))
-        rate = self.config.drop_rate
-        return [drop_words(edit.prompt, rate, generator, edit.subject) for _ in range(self.config.dropped)]
+
+        def shortened(text: str) -> list[str]:
+            rate = self.config.drop_rate
+            return [drop_words(text, rate, generator, edit.subject) for _ in range(self.config.dropped)]
+
+        return reworded(edit, shortened)
 
 
 def seed_of(*parts) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from wise_fast.errors import WiseError
+from wise_fast.turns import Turn
 
 
 class RoutedCache:
@@ -75,7 +76,10 @@ class Routing:
         scores: [B, J] fp32 of the latest prefill, or None likewise.
 
     A forward decides on the tokens it is given. It keeps the cache's decision when it decodes: with one token, or with
-    any number inside `generate` after its first forward. More tokens than one outside `generate` are a new prompt.
+    any number inside `generate` after its first forward. More tokens than one outside `generate` are a new prompt, so
+    that a chat's next turn on top of its cache is routed by what that turn says, not by what was said before.
+
+    `generate` calls of several threads take turns; bare forwards of several threads at once must not.
     """
 
     def __init__(self):
@@ -84,8 +88,10 @@ class Routing:
         self.held: Tensor | None = None
         self.choice: Tensor | None = None
         self.scores: Tensor | None = None
+        self.turn = Turn()
         self._prompt: Tensor | None = None
         self._generating = False
+        self._total: int | None = None
         self._prompt_length: int | None = None
         self._parameters: tuple[str, ...] = ()
         self._handles: list = []
@@ -121,14 +127,19 @@ class Routing:
             self._prompt = before
 
     @contextmanager
-    def generation(self) -> Iterator[None]:
-        """Around one `generate` call: its first forward decides, also when a cache is handed in or none is used."""
-        before = self._generating, self._prompt_length
-        self._generating, self._prompt_length = True, None
-        try:
-            yield
-        finally:
-            self._generating, self._prompt_length = before
+    def generation(self, total: int | None = None) -> Iterator[None]:
+        """Around one `generate` call: its first forward decides, also when a cache is handed in or none is used.
+
+        Args:
+            total: tokens of the prompt, with those in the cache; the first forward may have drafted ones behind them.
+        """
+        with self.turn:
+            before = self._generating, self._prompt_length, self._total
+            self._generating, self._prompt_length, self._total = True, None, total
+            try:
+                yield
+            finally:
+                self._generating, self._prompt_length, self._total = before
 
     def _given(self, args, kwargs) -> dict:
         return dict(zip(self._parameters, args, strict=False)) | kwargs
@@ -136,6 +147,11 @@ class Routing:
     def _before(self, _module, args, kwargs) -> None:
         self.mask = self.held = self.choice = None
         given = self._given(args, kwargs)
+        if self.enabled and given.get("cu_seq_lens_q") is not None:
+            raise WiseError(
+                "several sequences are packed into one row (continuous batching, padding-free batches), and routing "
+                "decides by the row; give each sequence a row of its own, as generate does"
+            )
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         batch, length = tokens.shape[:2]
         cache = given.get("past_key_values")
@@ -158,9 +174,17 @@ class Routing:
             prompt = self._prompt.to(tokens.device)[:, :length]
             self.mask = self.mask & nn.functional.pad(prompt, (0, length - prompt.shape[1]), value=False)
         if first:
-            self._prompt_length = length
-        elif self._generating:
+            self._prompt_length = length - self._drafted(length, given.get("attention_mask"), cache)
+        if self._generating:
             self.mask = self.mask & (torch.arange(length, device=tokens.device) < self._prompt_length)
+
+    def _drafted(self, length: int, mask, cache) -> int:
+        """Tokens behind the prompt that an assistant has drafted already; it never does with a compileable cache."""
+        if self._total is None or (cache is not None and cache.is_compileable):
+            return 0
+        two = isinstance(mask, Tensor) and mask.ndim == 2
+        seen = mask.shape[1] if two else length + (0 if cache is None else cache.get_seq_length())
+        return max(0, seen - self._total)
 
     def _after(self, _module, args, kwargs, output) -> None:
         mask, held, self.mask, self.held = self.mask, self.held, None, None
@@ -201,5 +225,19 @@ class Generation:
         self.inner, self.routing = inner, routing
 
     def generate(self, *args, **kwargs):
-        with self.routing.generation():
+        model = getattr(self.inner, "__self__", None)  # none where the user replaced the method by a function
+        config = next(iter(args[1:]), kwargs.get("generation_config")) or getattr(model, "generation_config", None)
+        if kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)) is not None:
+            raise WiseError(
+                "prefill_chunk_size is set: routing decides where the prompt is prefilled, and would know its first "
+                "chunk alone; leave it unset"
+            )
+        with self.routing.generation(_total(args, kwargs)):
             return self.inner(*args, **kwargs)
+
+
+def _total(args, kwargs) -> int | None:
+    """Tokens that `generate` is to go on from, those in a cache included; None where it starts from nothing."""
+    named = (kwargs.get(name) for name in ("attention_mask", "inputs_embeds", "input_ids", "inputs"))
+    given = (*named, *args[:1])
+    return next((tensor.shape[1] for tensor in given if isinstance(tensor, Tensor)), None)

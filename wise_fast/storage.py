@@ -1,10 +1,11 @@
-"""Saved editors: a directory of three files, safetensors and JSON, that is trusted only as a whole.
+"""Saved editors: a directory of three files, safetensors and JSON, that is trusted only as a whole; and a card.
 
 wise_config.json        format and version, settings, base model, facts about each memory, the sha256 of the other
                         files, and a checksum over all of that
 wise_edits.json         the reports, with their edits
 wise_memory.safetensors per memory: `values` as serving reads them (in half precision when that is exact), `index`
                         (int32 columns, or mask bits) and, in the neuron layout, the leverage `factor`
+README.md               the edits card, for people: not read, not checked, may be missing (see `wise_fast.card`)
 
 The protection matrix, [K, K], is not kept, so every memory is closed once loaded and the next edit opens a new shard.
 """
@@ -23,7 +24,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import wise_kernels as kernels
-from wise_fast.atomic import read_directory, write_directory
+from wise_fast import card
+from wise_fast.atomic import holds, read_directory, write_directory
 from wise_fast.config import WiseConfig
 from wise_fast.data import Edit
 from wise_fast.errors import StorageError, WiseError
@@ -32,6 +34,7 @@ from wise_fast.state import EditorState, EditReport
 
 FORMAT, VERSION = "wise_fast", 1
 CONFIG, EDITS, MEMORY = "wise_config.json", "wise_edits.json", "wise_memory.safetensors"
+CARD = "README.md"
 _FILES = (CONFIG, EDITS, MEMORY)
 _ADVICE = "save the editor again, or restore the directory from a copy"
 _BASE = {"family", "layers", "layer", "projection", "shape", "dtype", "weights"}
@@ -66,8 +69,15 @@ class Saved:
         return self.state.replace(merged=merged, closed=closed)
 
 
-def save(directory: str | os.PathLike, base: dict, config: WiseConfig, state: EditorState) -> None:
-    """Write a directory, or replace a saved one, in one step.
+def owned(directory: str | os.PathLike) -> tuple[str, ...]:
+    """Names of the files that saving may replace there; a README.md beside nothing of ours is somebody else's."""
+    return (*_FILES, CARD) if holds(directory, CONFIG) else _FILES
+
+
+def save(
+    directory: str | os.PathLike, base: dict, config: WiseConfig, state: EditorState, about: dict | None = None
+) -> None:
+    """Write a directory, or replace a saved one, in one step. `about` is told in the card, see `card.about`.
 
     Raises:
         StorageError: the directory is not ours to replace, or cannot be written; nothing has changed then.
@@ -94,9 +104,10 @@ def save(directory: str | os.PathLike, base: dict, config: WiseConfig, state: Ed
         "memories": facts,
         "state": {"opened": state.opened, "merges": state.merges},
         "sha256": {name: _sha256(data) for name, data in files.items()},
-    }
+    } | ({"about": about} if about else {})
+    files[CARD] = card.write(header, state.reports).encode()
     files[CONFIG] = _encode(header | {"checksum": _sha256(_encode(header))})
-    write_directory(directory, files, _FILES)
+    write_directory(directory, files, owned(directory))
 
 
 def load(directory: str | os.PathLike) -> Saved:
@@ -141,6 +152,7 @@ def inspect(directory: str | os.PathLike) -> dict:
         "version": saved.header["version"],
         "library": saved.header["library"],
         "base": saved.base,
+        "about": saved.header.get("about", {}),
         "config": saved.header["config"],
         "edits": len(saved.state.reports),
         "successful": sum(report.success for report in saved.state.reports),

@@ -21,6 +21,7 @@ from importlib import resources
 from types import MappingProxyType
 
 from wise_fast import metrics
+from wise_fast.chat import rendered
 from wise_fast.data import Edit, as_edits
 from wise_fast.formats import check_texts
 from wise_fast.measures import (
@@ -80,7 +81,7 @@ class Task:
         It may be asked at any time, as `method.disabled()` gives the unedited model. Besides locality, it holds what
         `Evaluation.summary_before` and the answers before editing come from.
         """
-        chosen = _edits(edits)
+        chosen = _edits(method, edits)
         rows = [row for sheet in self._sheets(method, chosen) for part in sheet.values() for row in part]
         prompts = [_asked(e.prompt, e) for e in chosen] if generate and self.generates else []
         work = _Work(progress, len(set(rows)) + _GENERATED * len(set(prompts)))
@@ -106,7 +107,7 @@ class Task:
         Raises:
             EditDataError: an edit is unusable or tokenizes to nothing.
         """
-        chosen, generate = _edits(method.edits if edits is None else edits), generate and self.generates
+        chosen, generate = _edits(method, method.edits if edits is None else edits), generate and self.generates
         held = Before() if before is None else before
         sheets = self._sheets(method, chosen)
         rows = [row for sheet in sheets for part in sheet.values() for row in part]
@@ -162,10 +163,10 @@ class _Work:
             self.progress(self.done, self.total)
 
 
-def _edits(edits: Iterable[Edit | dict | EditReport]) -> list[Edit]:
-    if isinstance(edits, (Edit, Mapping)):
-        return as_edits(edits)
-    return as_edits([e.edit if isinstance(e, EditReport) else e for e in edits])
+def _edits(method: Method, edits: Iterable[Edit | dict | EditReport]) -> list[Edit]:
+    if not isinstance(edits, (Edit, Mapping)):
+        edits = [e.edit if isinstance(e, EditReport) else e for e in edits]
+    return rendered(method.tokenizer, as_edits(edits))
 
 
 def _asked(prompt: str, edit: Edit) -> Asked:

@@ -1,0 +1,93 @@
+"""transformers' own OpenAI-compatible server, serving an edited model (extra `serve`).
+
+Requests wait for each other at the model, edits among them: an answer is begun and ended with the same edits, and the
+next one has those that were made meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from transformers.utils.import_utils import is_serve_available
+
+from wise_fast.errors import WiseError
+
+_NEEDS = "serving needs fastapi, uvicorn, openai, pydantic and a recent transformers: pip install -U 'wise_fast[serve]'"
+if not is_serve_available():
+    raise WiseError(_NEEDS)
+
+try:
+    from fastapi import FastAPI, HTTPException
+    from fastapi.responses import JSONResponse
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
+    from transformers.cli.serving.completion import CompletionHandler
+    from transformers.cli.serving.model_manager import ModelManager, TimedModel
+    from transformers.cli.serving.response import ResponseHandler
+    from transformers.cli.serving.server import build_server
+    from transformers.cli.serving.utils import GenerationState
+except ImportError as error:  # transformers before it had its server in parts
+    raise WiseError(_NEEDS) from error
+
+
+def application(editor, name: str = "edited", editable: bool = False) -> FastAPI:
+    """The server's application, for uvicorn or any other ASGI server: /v1/chat/completions, /v1/completions, ...
+
+    Args:
+        editor: a `WiseEditor`; its model is served, and no other.
+        name: what requests may call the model.
+        editable: also teach what is posted to /v1/edits, an edit or a list of them in any known format, and answer with
+            the reports. Whoever reaches the server can then edit the model.
+
+    Raises:
+        WiseError: the editor was unloaded from its model.
+    """
+    projection = editor.projection  # raises where there is none any more
+    manager = _One(device=str(projection.weight.device), model_timeout=-1)
+    manager.loaded_models[manager.process_model_name(name)] = _Kept(editor.model, -1, processor=editor.tokenizer)
+    manager.force_model = name
+    state, refused = GenerationState(), _Refused()
+    app = build_server(
+        manager,
+        ChatCompletionHandler(manager, state),
+        completion_handler=CompletionHandler(manager, state),
+        response_handler=ResponseHandler(manager, state),
+        transcription_handler=refused,
+        systemone_handler=refused,
+        generation_state=state,
+    )
+    if editable:
+        _add_editing(app, editor)
+    return app
+
+
+def _add_editing(app: FastAPI, editor) -> None:
+    @app.post("/v1/edits")
+    async def edits(body: dict | list[dict]):
+        try:
+            reports = await asyncio.to_thread(editor.edit, body)
+        except WiseError as error:
+            return JSONResponse({"error": {"type": type(error).__name__, "message": str(error)}}, status_code=400)
+        return {"edits": [{"success": r.success, "steps": r.steps, "note": r.note} for r in reports]}
+
+
+class _One(ModelManager):
+    """A manager of the models it was given, which loads no others whatever is asked of it."""
+
+    def load_model_and_processor(self, model_id_and_revision, *args, **settings):
+        if model_id_and_revision not in self.loaded_models:
+            raise HTTPException(404, f"{model_id_and_revision!r} is not served here")
+        return super().load_model_and_processor(model_id_and_revision, *args, **settings)
+
+
+class _Kept(TimedModel):
+    """A model that is not the server's to delete, neither after a while nor by /reset."""
+
+    def delete_model(self) -> None:
+        self._timer.cancel()
+
+
+class _Refused:
+    """In the place of handlers that are not for text, or that run the model beside `generate`."""
+
+    async def handle_request(self, *_) -> JSONResponse:
+        return JSONResponse({"error": "an edited model serves chat, completions and responses"}, status_code=501)
