@@ -56,6 +56,7 @@ class Group:
     def __init__(self, tail: Tail, memory: SideMemory, numbers: list[int], batch: Batch):
         self.tail, self.numbers, self.batch = tail, numbers, batch
         self.capture = tail.capture(batch.input_ids, batch.attention_mask)
+        self.lengths = batch.attention_mask.sum(1).tolist()
         self.selected = memory.select(self.capture.a)
         self.features = torch.zeros_like(self.selected)
         self.before = self.selected.new_zeros(len(self.selected), memory.shape[0])
@@ -74,10 +75,14 @@ class Group:
         """Tokens of a row, padding included."""
         return self.batch.input_ids.shape[1]
 
+    def width(self, places: Sequence[int]) -> int:
+        """Tokens of the longest of these rows: a look at them needs no more padding than that."""
+        return max(self.lengths[place] for place in places)
+
     def tokens(self, places: Sequence[int]) -> Tensor:
-        """Places of these rows' tokens among the group's."""
+        """Places of these rows' tokens among the group's, each row padded to the longest of them."""
         start = torch.tensor(places, device=self.selected.device)[:, None] * self.length
-        return (start + torch.arange(self.length, device=start.device)).flatten()
+        return (start + torch.arange(self.width(places), device=start.device)).flatten()
 
     def seen(self) -> Tensor:
         """[n*T] bool, tokens that are not padding."""
@@ -90,13 +95,14 @@ class Group:
 
     def key(self, place: int) -> Tensor:
         """[n, K] activations of a row's prompt, for thresholds."""
-        return self.selected[self.tokens([place])][self.batch.prompt_mask[place]].clone()
+        tokens = self.tokens([place])
+        return self.selected[tokens[self.batch.prompt_mask.flatten()[tokens]]]
 
     def look(self, places: Sequence[int], response: Tensor, reduction: str, full: bool) -> Look:
-        """Replay these rows with their side response [b*T, d_out]; `full`: over the whole vocabulary."""
-        index = torch.tensor(places, device=response.device)
-        capture = self.capture.rows(index)
-        chosen, row, positions = self._labels(index)
+        """Replay these rows with the side response of their `tokens`; `full`: over the whole vocabulary."""
+        index, width = torch.tensor(places, device=response.device), self.width(places)
+        capture = self.capture.rows(index, width)
+        chosen, row, positions = self._labels(index, width)
         y = (capture.main.float() + response).to(capture.main.dtype)
         if full or self.likely is None:
             labels = self.batch.labels[chosen]
@@ -108,16 +114,16 @@ class Group:
             nll = objective.restricted_nll(logits, labels, self.likely.rest[chosen])
         count = len(places)
         right = objective.row_mean((logits.argmax(-1) == labels).float(), row, count) > 0.999
-        score = objective.scores(response, self.batch.prompt_mask[index], reduction)
+        score = objective.scores(response, self.batch.prompt_mask[index, :width], reduction)
         return Look(objective.row_mean(nll, row, count), score, right, logits, chosen)
 
-    def _labels(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _labels(self, index: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
         """Labels of these rows: places in the group's labels, their row, and their position in the rows' tokens."""
         place = torch.full((len(self.numbers),), -1, device=index.device)
         place[index] = torch.arange(len(index), device=index.device)
         chosen = (place[self.batch.row] >= 0).nonzero()[:, 0]
         row = place[self.batch.row[chosen]]
-        return chosen, row, row * self.length + self.batch.positions[chosen] % self.length
+        return chosen, row, row * width + self.batch.positions[chosen] % self.length
 
 
 class Rows:
