@@ -129,6 +129,8 @@ class Group:
 class Rows:
     """All rows of a batch: row `edit * variants + variant`, the bare prompt being variant 0.
 
+    A variant that comes out like an earlier one of its edit (no word was dropped) is left out.
+
     Args:
         examples: per edit its rows, the bare prompt first; every edit has the same number.
 
@@ -140,11 +142,14 @@ class Rows:
     def __init__(self, tail: Tail, memory: SideMemory, examples: Sequence[Sequence[Example]], pad: int):
         self.edits, self.variants = len(examples), len(examples[0])
         self.kinds = _kinds(examples)
-        rows = [row for edit in examples for row in edit]
-        self.groups = [
-            Group(tail, memory, numbers, collate([rows[n] for n in numbers], pad, memory.values.device))
-            for numbers in buckets([len(row.prompt) + max(len(row.target) - 1, 0) for row in rows], _PER_GROUP)
-        ]
+        self._distinct = [[v for v, row in enumerate(rows) if row not in rows[:v]] for rows in examples]
+        rows = {n: examples[n // self.variants][n % self.variants] for n in self.numbers(range(self.edits))}
+        kept, lengths = list(rows), [len(row.prompt) + max(len(row.target) - 1, 0) for row in rows.values()]
+        self.groups = []
+        for places in buckets(lengths, _PER_GROUP):
+            numbers = [kept[place] for place in places]
+            batch = collate([rows[n] for n in numbers], pad, memory.values.device)
+            self.groups.append(Group(tail, memory, numbers, batch))
         self._place = {n: (group, i) for group in self.groups for i, n in enumerate(group.numbers)}
 
     def split(self, numbers: Sequence[int]) -> list[tuple[Group, list[int]]]:
@@ -154,6 +159,10 @@ class Rows:
             group, place = self._place[number]
             found.setdefault(group, []).append(place)
         return list(found.items())
+
+    def numbers(self, edits: Sequence[int]) -> list[int]:
+        """All rows of these edits."""
+        return [edit * self.variants + variant for edit in edits for variant in self._distinct[edit]]
 
     def bare(self) -> list[int]:
         return [edit * self.variants for edit in range(self.edits)]
@@ -166,8 +175,7 @@ class Rows:
     def taught(self, edits: Sequence[int]) -> Tensor:
         """[n, K] activations of these edits' prompts and answers in every row, for protection. Prefixes are any text:
         they would take most of the room, and nobody asks for them again."""
-        numbers = [edit * self.variants + variant for edit in edits for variant in range(self.variants)]
-        parts = [(group, group.tokens(places)) for group, places in self.split(numbers)]
+        parts = [(group, group.tokens(places)) for group, places in self.split(self.numbers(edits))]
         return torch.cat([group.selected[tokens[group.asked()[tokens]]] for group, tokens in parts])
 
     def restrict(self, looks: Sequence[tuple[Group, Sequence[int], Look]]) -> None:
