@@ -6,6 +6,7 @@ from torch import nn
 
 from tests.edited import D_FF, FACTS, QUICK, WIDTH, logits, make_editor
 from wise_fast import Edit, training
+from wise_fast.augment import drop_words
 from wise_fast.rows import buckets
 from wise_fast.tasks import evaluate
 from wise_fast.tokens import pad_token
@@ -166,6 +167,13 @@ class TestDrawing:
 
 
 class TestRows:
+    def test_some_word_is_dropped_where_one_may_be(self):
+        generator = torch.Generator().manual_seed(0)
+        made = {drop_words("who built the tower of Pisa?", 1e-9, generator, "tower of Pisa") for _ in range(20)}
+        assert made == {"built the tower of Pisa?", "who the tower of Pisa?", "who built tower of Pisa?"}
+        assert drop_words("tower of Pisa", 0.5, generator, "tower of Pisa") == "tower of Pisa"
+        assert drop_words("who built it", 0.0, generator) == "who built it"
+
     def test_a_variant_like_another_is_left_out(self):
         trainer = make_trainer(make_editor(prefixes=1, dropped=2, drop_rate=0.0), FACTS)
         assert trainer.rows.variants == 4 and trainer.rows.numbers([1, 2]) == [4, 5, 8, 9]
