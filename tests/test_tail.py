@@ -77,6 +77,7 @@ def test_replay_is_the_whole_model(family, attention):
     compare(tail, capture)
     for rows in ([2], [3, 0], [1, 1, 2]):
         compare(tail, capture.rows(torch.tensor(rows)))
+        compare(tail, capture.rows(torch.tensor(rows), max(LENGTHS[row] for row in rows)))
     compare(tail, capture)  # replay leaves the tape as it was
     for parameter in tail.model.parameters():
         parameter.grad = None

@@ -42,13 +42,13 @@ def drop_words(text: str, rate: float, generator: torch.Generator, keep: str | N
     """`text` without a random share of its words; the words of `keep` (the subject) always stay.
 
     Paraphrases share a prompt's content words, not its wording, so an edit that holds without some of the wording
-    holds for more of them.
+    holds for more of them. Unless the rate is 0, one word at least goes if it may: the text as it is is no other row.
     """
-    words = text.split()
-    kept_words = set((keep or "").split())
+    words, kept_words = text.split(), set((keep or "").split())
     draws = torch.rand(len(words), generator=generator).tolist()
-    kept = [word for word, draw in zip(words, draws, strict=True) if draw >= rate or word.strip("?.,!'s") in kept_words]
-    return " ".join(kept) or text
+    free = sorted((draw, place) for place, draw in enumerate(draws) if words[place].strip("?.,!'s") not in kept_words)
+    gone = {place for draw, place in free if draw < rate} or {place for _, place in free[:1] if rate}
+    return " ".join(word for place, word in enumerate(words) if place not in gone) or text
 
 
 SUBJECTS = (

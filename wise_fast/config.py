@@ -77,7 +77,7 @@ class WiseConfig:
     clamp: float | None = None
     max_steps: int = 40
     min_steps: int = 3
-    nll: float = 0.05
+    nll: float = 0.1
     prefixes: int = 3
     prefix_tokens: int = 6
     prefixes_per_step: int = 2

@@ -56,6 +56,7 @@ class Group:
     def __init__(self, tail: Tail, memory: SideMemory, numbers: list[int], batch: Batch):
         self.tail, self.numbers, self.batch = tail, numbers, batch
         self.capture = tail.capture(batch.input_ids, batch.attention_mask)
+        self.lengths = batch.attention_mask.sum(1).tolist()
         self.selected = memory.select(self.capture.a)
         self.features = torch.zeros_like(self.selected)
         self.before = self.selected.new_zeros(len(self.selected), memory.shape[0])
@@ -74,10 +75,14 @@ class Group:
         """Tokens of a row, padding included."""
         return self.batch.input_ids.shape[1]
 
+    def width(self, places: Sequence[int]) -> int:
+        """Tokens of the longest of these rows: a look at them needs no more padding than that."""
+        return max(self.lengths[place] for place in places)
+
     def tokens(self, places: Sequence[int]) -> Tensor:
-        """Places of these rows' tokens among the group's."""
+        """Places of these rows' tokens among the group's, each row padded to the longest of them."""
         start = torch.tensor(places, device=self.selected.device)[:, None] * self.length
-        return (start + torch.arange(self.length, device=start.device)).flatten()
+        return (start + torch.arange(self.width(places), device=start.device)).flatten()
 
     def seen(self) -> Tensor:
         """[n*T] bool, tokens that are not padding."""
@@ -90,13 +95,14 @@ class Group:
 
     def key(self, place: int) -> Tensor:
         """[n, K] activations of a row's prompt, for thresholds."""
-        return self.selected[self.tokens([place])][self.batch.prompt_mask[place]].clone()
+        tokens = self.tokens([place])
+        return self.selected[tokens[self.batch.prompt_mask.flatten()[tokens]]]
 
     def look(self, places: Sequence[int], response: Tensor, reduction: str, full: bool) -> Look:
-        """Replay these rows with their side response [b*T, d_out]; `full`: over the whole vocabulary."""
-        index = torch.tensor(places, device=response.device)
-        capture = self.capture.rows(index)
-        chosen, row, positions = self._labels(index)
+        """Replay these rows with the side response of their `tokens`; `full`: over the whole vocabulary."""
+        index, width = torch.tensor(places, device=response.device), self.width(places)
+        capture = self.capture.rows(index, width)
+        chosen, row, positions = self._labels(index, width)
         y = (capture.main.float() + response).to(capture.main.dtype)
         if full or self.likely is None:
             labels = self.batch.labels[chosen]
@@ -108,20 +114,22 @@ class Group:
             nll = objective.restricted_nll(logits, labels, self.likely.rest[chosen])
         count = len(places)
         right = objective.row_mean((logits.argmax(-1) == labels).float(), row, count) > 0.999
-        score = objective.scores(response, self.batch.prompt_mask[index], reduction)
+        score = objective.scores(response, self.batch.prompt_mask[index, :width], reduction)
         return Look(objective.row_mean(nll, row, count), score, right, logits, chosen)
 
-    def _labels(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _labels(self, index: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
         """Labels of these rows: places in the group's labels, their row, and their position in the rows' tokens."""
         place = torch.full((len(self.numbers),), -1, device=index.device)
         place[index] = torch.arange(len(index), device=index.device)
         chosen = (place[self.batch.row] >= 0).nonzero()[:, 0]
         row = place[self.batch.row[chosen]]
-        return chosen, row, row * self.length + self.batch.positions[chosen] % self.length
+        return chosen, row, row * width + self.batch.positions[chosen] % self.length
 
 
 class Rows:
     """All rows of a batch: row `edit * variants + variant`, the bare prompt being variant 0.
+
+    A variant that comes out like an earlier one of its edit (no word was dropped) is left out.
 
     Args:
         examples: per edit its rows, the bare prompt first; every edit has the same number.
@@ -134,11 +142,14 @@ class Rows:
     def __init__(self, tail: Tail, memory: SideMemory, examples: Sequence[Sequence[Example]], pad: int):
         self.edits, self.variants = len(examples), len(examples[0])
         self.kinds = _kinds(examples)
-        rows = [row for edit in examples for row in edit]
-        self.groups = [
-            Group(tail, memory, numbers, collate([rows[n] for n in numbers], pad, memory.values.device))
-            for numbers in buckets([len(row.prompt) + max(len(row.target) - 1, 0) for row in rows], _PER_GROUP)
-        ]
+        self._distinct = [[v for v, row in enumerate(rows) if row not in rows[:v]] for rows in examples]
+        rows = {n: examples[n // self.variants][n % self.variants] for n in self.numbers(range(self.edits))}
+        kept, lengths = list(rows), [len(row.prompt) + max(len(row.target) - 1, 0) for row in rows.values()]
+        self.groups = []
+        for places in buckets(lengths, _PER_GROUP):
+            numbers = [kept[place] for place in places]
+            batch = collate([rows[n] for n in numbers], pad, memory.values.device)
+            self.groups.append(Group(tail, memory, numbers, batch))
         self._place = {n: (group, i) for group in self.groups for i, n in enumerate(group.numbers)}
 
     def split(self, numbers: Sequence[int]) -> list[tuple[Group, list[int]]]:
@@ -148,6 +159,10 @@ class Rows:
             group, place = self._place[number]
             found.setdefault(group, []).append(place)
         return list(found.items())
+
+    def numbers(self, edits: Sequence[int]) -> list[int]:
+        """All rows of these edits."""
+        return [edit * self.variants + variant for edit in edits for variant in self._distinct[edit]]
 
     def bare(self) -> list[int]:
         return [edit * self.variants for edit in range(self.edits)]
@@ -160,8 +175,7 @@ class Rows:
     def taught(self, edits: Sequence[int]) -> Tensor:
         """[n, K] activations of these edits' prompts and answers in every row, for protection. Prefixes are any text:
         they would take most of the room, and nobody asks for them again."""
-        numbers = [edit * self.variants + variant for edit in edits for variant in range(self.variants)]
-        parts = [(group, group.tokens(places)) for group, places in self.split(numbers)]
+        parts = [(group, group.tokens(places)) for group, places in self.split(self.numbers(edits))]
         return torch.cat([group.selected[tokens[group.asked()[tokens]]] for group, tokens in parts])
 
     def restrict(self, looks: Sequence[tuple[Group, Sequence[int], Look]]) -> None:

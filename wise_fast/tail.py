@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from wise_fast.architectures import Architecture, evaluating
 
-Axes = dict[str, list[list[tuple[int, bool] | None]]]
+Axes = dict[str, list[list["_Axis"]]]
 
 
 class _Reached(Exception):
@@ -48,23 +48,29 @@ class Capture:
     axes: Axes
     shape: tuple[int, ...]
 
-    def rows(self, index: Tensor) -> Capture:
-        """The same for a subset of the batch's sequences. `index`: [b] int64."""
+    def rows(self, index: Tensor, width: int | None = None) -> Capture:
+        """The same for a subset of the batch's sequences, less the padding they share.
+
+        Args:
+            index: [b] int64.
+            width: how many of their tokens are kept, from the left; all when None.
+        """
         batch, length = self.input_ids.shape
+        width = length if width is None else width
 
         def pick(output, axes):
             leaves, structure = tree_flatten(output)
-            return tree_unflatten([_pick(v, a, index, length) for v, a in zip(leaves, axes, strict=True)], structure)
+            picked = [_pick(v, a, index, length, width) for v, a in zip(leaves, axes, strict=True)]
+            return tree_unflatten(picked, structure)
 
-        shape = (len(index), *self.shape[1:]) if len(self.shape) == 2 else (len(index) * length,)
         return replace(
             self,
-            input_ids=self.input_ids[index],
-            attention_mask=self.attention_mask[index],
-            a=self.a.view(batch, length, -1)[index].flatten(0, 1),
-            main=self.main.view(batch, length, -1)[index].flatten(0, 1),
+            input_ids=self.input_ids[index, :width],
+            attention_mask=self.attention_mask[index, :width],
+            a=self.a.view(batch, length, -1)[index, :width].flatten(0, 1),
+            main=self.main.view(batch, length, -1)[index, :width].flatten(0, 1),
             tape={name: list(map(pick, calls, self.axes[name])) for name, calls in self.tape.items()},
-            shape=shape,
+            shape=(len(index), width) if len(self.shape) == 2 else (len(index) * width,),
         )
 
 
@@ -86,7 +92,7 @@ class Tail:
 
     @functools.cached_property
     def axes(self) -> Axes:
-        """Per taped tensor (dimension, whether it runs over all tokens), or None for what all sequences share.
+        """Where the sequences and their tokens are in every taped tensor.
 
         Sizes cannot tell ([T, T] of T sequences, [1, T] of one), so two batches of different shapes are compared.
         """
@@ -131,11 +137,9 @@ class Tail:
             if self.architecture.last_ffn is not None:
                 ffn = self.model.get_submodule(self.architecture.last_ffn)
                 stack.enter_context(_forward(ffn, _at(positions, ffn.forward)))
-            module = self.model.get_submodule(self.architecture.head)
             if head is not None:
+                module = self.model.get_submodule(self.architecture.head)
                 stack.enter_context(_forward(module, lambda h: nn.functional.linear(h, *head)))
-            elif type(module) is nn.Linear:
-                stack.enter_context(_forward(module, functools.partial(_few_rows, module)))
             output = self.model(
                 input_ids=capture.input_ids, attention_mask=capture.attention_mask, use_cache=False, return_dict=True
             )
@@ -213,24 +217,43 @@ class Tail:
         return record
 
 
-def _axes(one, two) -> list[tuple[int, bool] | None]:
-    """Where the sequences of a module's output are, from its outputs for batches of 2 by 3 and of 3 by 5 tokens."""
+@dataclass(frozen=True)
+class _Axis:
+    """Dimensions of a taped tensor.
+
+    Attributes:
+        batch: the one over the sequences, or over the tokens of all of them; None for what all sequences share.
+        flat: whether it runs over the tokens of all.
+        tokens: those over the tokens of one sequence.
+    """
+
+    batch: int | None
+    flat: bool
+    tokens: tuple[int, ...]
+
+
+def _axes(one, two) -> list[_Axis]:
+    """The dimensions of a module's output, from its outputs for batches of 2 by 3 and of 3 by 5 tokens."""
     axes = []
     for a, b in zip(tree_flatten(one)[0], tree_flatten(two)[0], strict=True):
         sizes = list(zip(a.shape, b.shape)) if isinstance(a, Tensor) else []
-        places = [(i, size == (6, 15)) for i, size in enumerate(sizes) if size in ((2, 3), (6, 15))]
-        axes.append(places[0] if places else None)
+        batch = next((i for i, size in enumerate(sizes) if size in ((2, 3), (6, 15))), None)
+        flat = batch is not None and sizes[batch] == (6, 15)
+        axes.append(_Axis(batch, flat, tuple(i for i, size in enumerate(sizes) if size == (3, 5))))
     return axes
 
 
-def _pick(value, axis: tuple[int, bool] | None, index: Tensor, length: int):
-    if axis is None:
+def _pick(value, axis: _Axis, index: Tensor, length: int, width: int):
+    """The chosen sequences' first `width` of `length` tokens of a taped value."""
+    for dim in axis.tokens:
+        value = value.narrow(dim, 0, width)
+    if axis.batch is None:
         return value
-    dim, tokens = axis
     index = index.to(value.device)
-    if not tokens:
-        return value.index_select(dim, index)
-    return value.unflatten(dim, (-1, length)).index_select(dim, index).flatten(dim, dim + 1)
+    if not axis.flat:
+        return value.index_select(axis.batch, index)
+    dim = axis.batch
+    return value.unflatten(dim, (-1, length)).index_select(dim, index).narrow(dim + 1, 0, width).flatten(dim, dim + 1)
 
 
 def _emptied(output):
@@ -247,12 +270,6 @@ def _player(calls: list, forward: Callable) -> Callable:
         return forward(*args, **kwargs)  # the tail asks once more
 
     return play
-
-
-def _few_rows(head: nn.Linear, h: Tensor) -> Tensor:
-    """Logits of few tokens [1, M, d]: on a CPU, `W h^T` is faster than `h W^T`."""
-    logits = (head.weight @ h[0].t()).t().contiguous()[None]
-    return logits if head.bias is None else logits + head.bias
 
 
 def _at(positions: Tensor, forward: Callable) -> Callable:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from wise_fast import objective
 from wise_fast.config import WiseConfig
 from wise_fast.memory import SideMemory
 from wise_fast.protection import gain, weighted
+from wise_fast.quiet import Quiet
 from wise_fast.rows import Group, Look, Rows
 from wise_fast.tail import Tail
 from wise_fast.texts import Texts
@@ -26,9 +28,6 @@ from wise_fast.vocabulary import WHOLE_VOCABULARY
 _ROUNDS = 3  # of training and judging a batch
 _LOUD = 0.95  # share of beta that an edit's score must reach
 _SLACK = 1.5  # what the NLL may be, in what an edit stops at, once the whole vocabulary is looked at
-_LOOK_EVERY = 4  # steps between two looks at all unrelated prompts
-_NEAR = 0.7  # share of alpha from which on an unrelated prompt is looked at in every step
-_HUSH = 2.0  # multiple of alpha that an unrelated prompt's may reach
 
 
 class EditDiverged(Exception):
@@ -86,29 +85,23 @@ class Trainer:
         self.memory, self.p, self.config, self.unit, self.generator = memory, p, config, unit, generator
         self.rows = Rows(tail, memory, examples, pad)
         self.count, self.variants = self.rows.edits, self.rows.variants
-        self.quiet = quiet
-        self.quiet_selected = memory.select(quiet.a)
+        self.quiet = Quiet(quiet, memory, p, config, unit)
         self.lr = self._learning_rate()
-        self.quiet_features = self.quiet_selected if p is None else self.quiet_selected @ p
-        self.quiet_before = memory.respond(self.quiet_selected)
-        self.quiet_score = quiet.limit.new_zeros(len(quiet.names))
         total = self.count * self.variants
         self.held, self.nll, self.seen = [False] * total, [float("inf")] * total, [0] * total
         self.steps, self.taken = [0] * self.count, 0
         # P before the batch, and what it has absorbed of each settled edit.
         self.origin, self.absorbed = p, dict[int, Tensor]()
+        self.z = torch.zeros_like(memory.values)
         self._begin_anew([])
 
     def _begin_anew(self, edits: Sequence[int]) -> None:
-        """Begin to train these edits from what the memory holds now: no delta, no moments."""
-        for group, places in self.rows.split(self._numbers(edits)):
+        """Begin to train these edits from what is written by now: no moments."""
+        for group, places in self.rows.split(self.rows.numbers(edits)):
             group.begin(places, self.memory, self.p)
-        self.z, self.since = torch.zeros_like(self.memory.values), 0
+        self.since = 0
         buffers = 2 if self.config.optimizer == "adam" else int(self.config.momentum > 0)
         self.moments = [torch.zeros_like(self.z) for _ in range(buffers)]
-
-    def _numbers(self, edits: Sequence[int]) -> list[int]:
-        return [edit * self.variants + variant for edit in edits for variant in range(self.variants)]
 
     def _learning_rate(self) -> float:
         """One Adam step moves every weight by lr, so a token's output by about lr ||f||_1 sqrt(d_out)."""
@@ -161,32 +154,37 @@ class Trainer:
                 self.steps[edit] += 1
             ended += self._ended(active)
             active = [edit for edit in active if edit not in ended]
+        self._write()
 
     def _ended(self, active: Sequence[int]) -> list[int]:
         """Edits that are trained no further: they claim to hold and unrelated texts are quiet, or no steps are left."""
         config, steps = self.config, self.steps
         claiming = [e for e in active if steps[e] >= config.min_steps and config.nll > 0 and self._claims(e)]
-        if claiming and not self._hushed():
+        if claiming and not self.quiet.hushed(self.memory, self.z):
             claiming = []
         return [e for e in active if e in claiming or steps[e] >= config.max_steps]
 
-    @torch.no_grad()
-    def _hushed(self) -> bool:
-        """Whether all unrelated texts are quiet under what is written so far."""
-        response = self.quiet_before + self.memory.respond(self.quiet_features, self.z)
-        self.quiet_score = self._score_quiet(response, self.quiet.text)
-        return bool((self.quiet_score / self.unit <= _HUSH * self.config.alpha).all())
-
     def _settle(self, edits: Sequence[int]) -> None:
-        """Fold the delta into the memory and protect these edits from what is learned next."""
+        """Protect these edits from what is learned next.
+
+        `P` becomes `P - H^T H`. The memory takes what that takes from `P z`, so `z` goes on and is multiplied by all of
+        `P` once, in `_write`.
+        """
+        if self.p is None:
+            return
+        for edit in edits:
+            self.absorbed[edit] = weighted(self.p, self.rows.taught([edit]), self.config.protect_lambda)
+        half = gain(self.p, torch.cat([self.absorbed[edit] for edit in edits]))
+        kept = half @ self.z
+        self.memory = self.memory.replace(values=torch.addmm(self.memory.values, half.t(), kept))
+        self.p = torch.addmm(self.p, half.t(), half, alpha=-1.0)
+        self.quiet.settle(half, kept)
+
+    def _write(self) -> None:
+        """Fold the delta into the memory."""
         self.memory = self.memory.replace(values=self.memory.values + (self.z if self.p is None else self.p @ self.z))
-        self.quiet_before = self.quiet_before + self.memory.respond(self.quiet_features, self.z)
-        if self.p is not None:
-            for edit in edits:
-                self.absorbed[edit] = weighted(self.p, self.rows.taught([edit]), self.config.protect_lambda)
-            half = gain(self.p, torch.cat([self.absorbed[edit] for edit in edits]))
-            self.p = torch.addmm(self.p, half.t(), half, alpha=-1.0)
-            self.quiet_features = torch.addmm(self.quiet_features, self.quiet_selected @ half.t(), half, alpha=-1.0)
+        self.quiet.write(self.memory, self.z)
+        self.z.zero_()
 
     def _release(self, edits: Sequence[int]) -> None:
         """Let these settled edits be moved again: P from what it was, without them."""
@@ -196,7 +194,7 @@ class Trainer:
         if kept:
             half = gain(self.p, torch.cat(kept))
             self.p = torch.addmm(self.p, half.t(), half, alpha=-1.0)
-        self.quiet_features = self.quiet_selected @ self.p
+        self.quiet.protect(self.p)
 
     def _draw(self, active: list[int]) -> list[int]:
         """Rows of one step: of each active edit the bare prompt and a few others, or a few longer ones.
@@ -208,44 +206,36 @@ class Trainer:
         kinds = self.rows.kinds if others < self.variants - 1 else [range(self.variants)]
         rows = []
         for edit in active:
-            turn = kinds[self.steps[edit] % len(kinds)]
+            turn = self._turn(edit, kinds)
             drawn = torch.rand(self.variants, generator=self.generator).tolist()
-            numbers = [edit * self.variants + variant for variant in turn if variant]
+            numbers = [n for n in turn if n % self.variants]
             numbers.sort(key=lambda n: (self.held[n], self.seen[n], drawn[n % self.variants]))
-            rows += [edit * self.variants] * (0 in turn) + numbers[:others]
+            rows += [n for n in turn if n % self.variants == 0] + numbers[:others]
         return rows
+
+    def _turn(self, edit: int, kinds: Sequence[Sequence[int]]) -> list[int]:
+        """The edit's rows of the kind that is next; one that is fine leaves its turn to one that is not."""
+        first = self.steps[edit] % len(kinds)
+        mine = self.rows.numbers([edit])
+        turns = [[n for n in mine if n % self.variants in kind] for kind in (*kinds[first:], *kinds[:first])]
+        return next((turn for turn in turns if not all(map(self._fine, turn))), turns[0])
+
+    def _fine(self, number: int) -> bool:
+        """Whether a row asks for no more training, as last seen."""
+        return self.held[number] and self.nll[number] <= self.config.nll
 
     def _response(self, group: Group, places: Sequence[int]) -> Tensor:
         """Side response [b*T, d_out] of these rows, with what the batch has written so far."""
         tokens = group.tokens(places)
         return group.before[tokens] + self.memory.respond(group.features[tokens], self.z)
 
-    def _score_quiet(self, response: Tensor, text: Tensor) -> Tensor:
-        """Scores of the quiet texts over what each may reach, so that alpha is the margin of all; 0 of absent ones."""
-        norms = (response.square().sum(-1) + 1e-12).sqrt()
-        reduce = objective.row_max if self.config.reduction == "max" else objective.row_mean
-        return reduce(norms, text, len(self.quiet.names)) / self.quiet.limit
-
-    def _watched(self) -> Tensor:
-        """[n] bool, the quiet texts to look at in this step: all every few steps, else those near their margin.
-
-        The margin of the others has no gradient, and there are more of their tokens than of the edits'. The first step
-        shows what the memory did before, the second what the first one did.
-        """
-        if self.taken == 1 or self.taken % _LOOK_EVERY == 2:
-            return torch.ones_like(self.quiet_score, dtype=torch.bool)
-        return self.quiet_score >= _NEAR * self.config.alpha * self.unit
-
     def _step(self, active: list[int], rows: list[int]) -> None:
         """One optimiser step on these rows."""
         self.taken, self.since = self.taken + 1, self.since + 1
-        watched = self._watched()
-        tokens = watched[self.quiet.text].nonzero()[:, 0]
-        features = [self.quiet_features[tokens]]
-        quiet = (self.quiet_before[tokens] + self.memory.respond(features[0], self.z)).requires_grad_()
-        quiet_score = self._score_quiet(quiet, self.quiet.text[tokens])
-        self.quiet_score = torch.where(watched, quiet_score.detach(), self.quiet_score)
-        loudest = (quiet_score if len(tokens) else torch.cat([self.quiet_score, quiet.new_zeros(1)])).max()
+        quiet_tokens, quiet = self.quiet.loud(self.memory, self.z, self.taken)
+        quiet_score = self.quiet.scores(quiet, quiet_tokens)
+        loudest = (quiet_score if len(quiet) else self.quiet.score).max()
+        features = [self.quiet.features[quiet_tokens]]
         margin_weight, reduction = self.config.margin_weight, self.config.reduction
         losses, inputs = quiet.new_zeros(self.count), []
         drawn = torch.bincount(torch.tensor(rows) // self.variants, minlength=self.count).to(quiet.device)
@@ -278,9 +268,10 @@ class Trainer:
 
     def _claims(self, edit: int, slack: float = 1.0) -> bool:
         """Whether all rows of an edit, as last seen, are right and loud enough, and their mean NLL is low enough."""
-        rows = [n for n in self._numbers([edit]) if self.seen[n]]
+        numbers = self.rows.numbers([edit])
+        rows = [n for n in numbers if self.seen[n]]
         # Rows that were never drawn are left to the verification, once there was time to draw them.
-        few = len(rows) < self.variants and self.steps[edit] < 2 * self.config.min_steps
+        few = len(rows) < len(numbers) and self.steps[edit] < 2 * self.config.min_steps
         if few or not self.seen[edit * self.variants]:
             return False
         mean = sum(self.nll[n] for n in rows) / len(rows)
@@ -334,11 +325,11 @@ class Trainer:
         """
         bare = self.rows.bare()
         looks = self._look(bare, full=True)
-        others = [n for n in self._numbers(range(self.count)) if n % self.variants]
+        others = [n for n in self.rows.numbers(range(self.count)) if n % self.variants]
         for group, places, look in looks + self._look(others, full=False):
             self._check_finite(look.nll, [group.numbers[place] // self.variants for place in places])
             self._note(group, places, look)
-        means = [sum(self.nll[n] for n in self._numbers([edit])) / self.variants for edit in range(self.count)]
+        means = [fmean(self.nll[n] for n in self.rows.numbers([edit])) for edit in range(self.count)]
         fine = [self._claims(edit, _SLACK) for edit in range(self.count)]
         if not all(fine):
             self._restrict(looks)
