@@ -90,8 +90,8 @@ def test_every_setting_is_described():
 
 def test_merging_needs_to_know_when():
     with pytest.raises(ConfigError, match="shard_size"):
-        WiseConfig(mode="merge")
-    assert WiseConfig(mode="merge", shard_size=1).mode == "merge"
+        WiseConfig(mode="merge", shard_size=None)
+    assert WiseConfig(mode="merge").mode == "merge"
 
 
 def test_a_config_does_not_change_and_replace_checks_too():

@@ -1,5 +1,7 @@
 """What `editor.edit` promises: reports, batches, taking back, and the same bits for the same seed."""
 
+import statistics
+
 import pytest
 import torch
 
@@ -38,11 +40,22 @@ class TestReports:
             assert report.loss_before > 3 and report.loss <= QUICK.nll + 0.01
 
     def test_score_and_threshold_are_what_serving_sees(self, taught):
-        threshold = QUICK.act_ratio * min(r.score for r in taught.edits)
-        assert taught.memories[0].threshold == pytest.approx(threshold, rel=1e-6)
+        scores = [r.score for r in taught.edits]
+        threshold = min(QUICK.act_ratio * min(scores), QUICK.z_ratio * statistics.median(scores))
+        assert taught.memories[0].z_threshold == pytest.approx(threshold, rel=1e-6)
+        assert float(taught.projection.thresholds) == pytest.approx(threshold, rel=1e-6)
         for report in taught.edits:
             assert choices(taught, [report.edit.prompt]) == [0]
-            assert float(taught.routing.scores) == pytest.approx(report.score, rel=1e-4)
+            assert float(taught.routing.scores) == pytest.approx(report.score, rel=1e-3)
+
+    def test_without_leverage_a_score_is_the_norm_of_the_response(self):
+        editor = make_editor(FACTS[:2], route_by="score")
+        threshold = QUICK.act_ratio * min(r.score for r in editor.edits)
+        assert editor.projection.factors is None
+        assert float(editor.projection.thresholds) == pytest.approx(threshold, rel=1e-6)
+        for report in editor.edits:
+            assert choices(editor, [report.edit.prompt]) == [0]
+            assert float(editor.routing.scores) == pytest.approx(report.score, rel=1e-4)
 
     def test_the_model_answers_and_the_rest_keeps_every_bit(self, taught):
         assert evaluate(taught).summary() | {"locality": None} == {

@@ -52,7 +52,8 @@ class WiseConfig:
         protect_lambda: its lambda, in units of the edit's own mean a P a^T.
         protect_irrelevant: the same of sampled unrelated text, which is protected before the first edit; None leaves it
             out.
-        shard_size: edits in a shard before the next opens; None fills one shard.
+        shard_size: edits in a shard before the next opens; None fills one shard (2048 columns are full
+            at about 110 edits).
         shards: shards that are merged into one memory (mode "merge").
         mode: "retrieve" keeps a bank of memories, "merge" TIES-merges them.
         density: share of entries that TIES keeps.
@@ -95,7 +96,7 @@ class WiseConfig:
     protect: bool = True
     protect_lambda: float = 1.0
     protect_irrelevant: float | None = 0.3
-    shard_size: int | None = None
+    shard_size: int | None = 50
     shards: int = 2
     mode: str = "retrieve"
     density: float = 0.5
@@ -162,6 +163,7 @@ class WiseConfig:
             margin_weight=1.0,
             units="absolute",
             act_ratio=1.0,
+            shard_size=None,
             protect=False,
             route_by="score",
             stop="none",

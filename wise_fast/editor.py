@@ -178,18 +178,14 @@ class WiseEditor(Material, Sharing):
         memory = shard.memory.replace(
             values=storable(fit.values), edits=shard.memory.edits + tuple(range(first, first + len(reports)))
         )
-        scores = {index: self._score(memory, key) for index, key in keys}
+        holds = {i for i, report in enumerate(old) if report.success}
+        holds |= {i for i, success in enumerate(fit.success, first) if success}
+        memory, scores = self._calibrated(memory, fit.p, keys, holds)
         new = [
             r.replace(success=fit.success[i], score=scores[first + i], note="" if fit.success[i] else _FAILED)
             for i, r in enumerate(reports)
         ]
         made = (*old, *new)
-        held = {index for index in scores if made[index].success} or set(scores)
-        memory = memory.replace(threshold=self.config.act_ratio * min(scores[index] for index in held))
-        if fit.p is not None and self.config.route_by == "leverage":
-            memory = memory.replace(factor=protection.untaught_factor(fit.p))
-            z = [scores[index] / memory.spread(key) for index, key in keys if index in held]
-            memory = memory.replace(z_threshold=self._z_threshold(z))
         gone = {i for i, r in enumerate(made) if r.note.startswith("superseded")}
         # A memory of superseded edits alone would only compete with the one that replaced it.
         merged, closed = (tuple(m for m in part if set(m.edits) - gone) for part in (state.merged, state.closed))
@@ -200,13 +196,28 @@ class WiseEditor(Material, Sharing):
             reports=made,
         )
 
-    def _score(self, memory: SideMemory, key: Tensor) -> float:
+    def _calibrated(
+        self, memory: SideMemory, p: Tensor | None, keys: Sequence[tuple[int, Tensor]], holds: set[int]
+    ) -> tuple[SideMemory, dict[int, float]]:
+        """The memory with its thresholds and leverage factor, and the routing score of each edit in it.
+
+        Edits that do not hold do not drag a threshold down (DESIGN section 2).
+        """
+        scores = {index: self._loudness(memory, key) for index, key in keys}
+        counted = [index for index in scores if index in holds] or list(scores)
+        memory = memory.replace(threshold=self.config.act_ratio * min(scores[index] for index in counted))
+        if p is None or self.config.route_by == "score":
+            return memory, scores
+        memory = memory.replace(factor=protection.untaught_factor(p))
+        scores = {index: scores[index] / memory.spread(key) for index, key in keys}
+        z = [scores[index] for index in counted]
+        # No outlier drags the median; an edit below its share still counts, or it could not be heard.
+        threshold = min(self.config.z_ratio * statistics.median(z), self.config.act_ratio * min(z))
+        return memory.replace(z_threshold=threshold), scores
+
+    def _loudness(self, memory: SideMemory, key: Tensor) -> float:
         mask = torch.ones(1, key.shape[0], dtype=torch.bool, device=key.device)
         return float(objective.scores(memory.respond(key), mask, self.config.reduction))
-
-    def _z_threshold(self, z: Sequence[float]) -> float:
-        """A share of the median, which no outlier drags; an edit below that still counts, or it could not be heard."""
-        return min(self.config.z_ratio * statistics.median(z), self.config.act_ratio * min(z))
 
     # -- state --------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ class EditReport:
         steps: optimiser steps taken.
         loss_before: mean token NLL of the target (with its stop token) given the prompt, before.
         loss: the same after, over the prompt and every prefixed prompt.
-        score: routing score of the bare prompt, in activation units.
+        score: routing score of the bare prompt when it was taught, as the router measures it (`WiseConfig.route_by`).
         success: every target token is the argmax and the margins hold, on the prompt and every prefixed prompt.
         seconds: wall time of the edit; edits of one batch share its time equally.
         note: what else there is to say ("superseded by ...", "diverged ...", ...), or "".
