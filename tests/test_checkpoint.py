@@ -20,6 +20,7 @@ KINDS = {
     "open": dict(near=1),
     "retrieve": dict(shard_size=2, batch_size=2),
     "merge": dict(shard_size=1, batch_size=1, mode="merge", shards=2),
+    "regmean": dict(shard_size=1, batch_size=1, mode="merge", shards=2, merging="regmean", mask_ratio=1.0),
     "waiting": dict(shard_size=3, batch_size=3, mode="merge", shards=2),
     "element": dict(layout="element", shard_size=2, batch_size=2),
     "unprotected": dict(protect=False),

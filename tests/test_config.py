@@ -28,6 +28,7 @@ CHOICES = {
     "layout": ("neuron", "element"),
     "optimizer": ("adam", "sgd"),
     "mode": ("retrieve", "merge"),
+    "merging": ("ties", "regmean"),
     "route_by": ("leverage", "score"),
     "reduction": ("mean", "max"),
     "stop": ("auto", "eos", "newline", "none"),

@@ -26,9 +26,10 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from wise_fast.atomic import read_directory, write_directory
+from wise_fast.calibration import Keys
 from wise_fast.data import Edit
 from wise_fast.errors import StorageError, WiseError
-from wise_fast.memory import SideMemory
+from wise_fast.memory import SideMemory, Taught
 from wise_fast.state import EditorState, EditReport, Shard
 from wise_fast.texts import Texts
 
@@ -187,26 +188,42 @@ def _flatten_memory(memory: SideMemory, prefix: str, tensors: dict[str, Tensor])
     tensors |= {prefix + "values": memory.values, prefix + "index": memory.index}
     if memory.factor is not None:
         tensors[prefix + "factor"] = memory.factor
+    taught = memory.taught
+    if taught is not None:
+        tensors |= {f"{prefix}taught.{name}": getattr(taught, name) for name in ("information", "origin")}
+        tensors |= _flatten_keys(taught.keys, prefix + "taught.")
     return {
         "layout": memory.layout,
         "shape": list(memory.shape),
         "threshold": memory.threshold.hex(),
         "z_threshold": memory.z_threshold.hex(),
         "edits": list(memory.edits),
+        "taught": None if taught is None else [edit for edit, _ in taught.keys],
     }
 
 
 def _restore_memory(fact: dict, prefix: str, tensors: dict[str, Tensor]) -> SideMemory:
     values, index, factor = tensors[prefix + "values"], tensors[prefix + "index"], tensors.get(prefix + "factor")
     limits = {name: float.fromhex(fact[name]) for name in ("threshold", "z_threshold")}
-    shape, edits = tuple(fact["shape"]), tuple(fact["edits"])
-    return SideMemory(fact["layout"], values, index, shape, factor=factor, edits=edits, **limits)
+    shape, edits, taught = tuple(fact["shape"]), tuple(fact["edits"]), None
+    if fact["taught"] is not None:
+        matrices = (tensors[f"{prefix}taught.{name}"] for name in ("information", "origin"))
+        taught = Taught(*matrices, _restore_keys(fact["taught"], prefix + "taught.", tensors))
+    return SideMemory(fact["layout"], values, index, shape, factor=factor, edits=edits, taught=taught, **limits)
+
+
+def _flatten_keys(keys: Keys, prefix: str) -> dict[str, Tensor]:
+    return {f"{prefix}keys.{i}": key for i, (_, key) in enumerate(keys)}
+
+
+def _restore_keys(edits: list[int], prefix: str, tensors: dict[str, Tensor]) -> tuple[tuple[int, Tensor], ...]:
+    return tuple((edit, tensors[f"{prefix}keys.{i}"]) for i, edit in enumerate(edits))
 
 
 def _flatten_shard(shard: Shard, tensors: dict[str, Tensor]) -> dict:
     memory = _flatten_memory(shard.memory, "shard.", tensors)
     tensors |= {f"shard.{name}": t for name in ("p", "origin") if (t := getattr(shard, name)) is not None}
-    tensors |= {f"shard.keys.{i}": key for i, (_, key) in enumerate(shard.keys)}
+    tensors |= _flatten_keys(shard.keys, "shard.")
     if shard.quiet is not None:
         tensors |= {f"shard.quiet.{name}": getattr(shard.quiet, name) for name in ("a", "text", "limit")}
     names = None if shard.quiet is None else list(shard.quiet.names)
@@ -214,7 +231,7 @@ def _flatten_shard(shard: Shard, tensors: dict[str, Tensor]) -> dict:
 
 
 def _restore_shard(fact: dict, tensors: dict[str, Tensor]) -> Shard:
-    keys = tuple((edit, tensors[f"shard.keys.{i}"]) for i, edit in enumerate(fact["keys"]))
+    keys = _restore_keys(fact["keys"], "shard.", tensors)
     quiet = None
     if fact["quiet"] is not None:
         quiet = Texts(tuple(fact["quiet"]), *(tensors[f"shard.quiet.{name}"] for name in ("a", "text", "limit")))

@@ -12,6 +12,7 @@ _CHOICES = {
     "layout": ("neuron", "element"),
     "optimizer": ("adam", "sgd"),
     "mode": ("retrieve", "merge"),
+    "merging": ("ties", "regmean"),
     "route_by": ("leverage", "score"),
     "reduction": ("mean", "max"),
     "stop": ("auto", "eos", "newline", "none"),
@@ -55,7 +56,9 @@ class WiseConfig:
         shard_size: edits in a shard before the next opens; None fills one shard (2048 columns are full
             at about 110 edits).
         shards: shards that are merged into one memory (mode "merge").
-        mode: "retrieve" keeps a bank of memories, "merge" TIES-merges them.
+        mode: "retrieve" keeps a bank of memories, "merge" merges them.
+        merging: "ties" (the paper's), or "regmean", weighted by the covariances of what was taught (protected memories
+            of all columns only).
         density: share of entries that TIES keeps.
         route_by: what a score is: the norm of the side response ("score", the paper's), or that over the root of the
             prompt's leverage ("leverage", protected memories only). The largest score over threshold answers.
@@ -99,6 +102,7 @@ class WiseConfig:
     shard_size: int | None = 50
     shards: int = 2
     mode: str = "retrieve"
+    merging: str = "ties"
     density: float = 0.5
     route_by: str = "leverage"
     reduction: str = "mean"
@@ -135,6 +139,9 @@ class WiseConfig:
             raise ConfigError(f"protect is {self.protect!r}, expected true or false")
         if self.mode == "merge" and self.shard_size is None:
             raise ConfigError("mode 'merge' needs shard_size: after how many edits a shard closes")
+        if self.merging == "regmean" and (self.layout != "neuron" or not self.protect or self.mask_ratio < 1):
+            given = f"layout {self.layout!r}, protect {self.protect}, mask_ratio {self.mask_ratio}"
+            raise ConfigError(f"merging 'regmean' needs layout 'neuron', protect and mask_ratio 1; given: {given}")
 
     def _require(self, name: str, holds, expected: str) -> None:
         value = getattr(self, name)

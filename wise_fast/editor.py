@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,8 +10,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from wise_fast import merging, objective, protection, tokens, training
+from wise_fast import merging, protection, tokens, training
 from wise_fast.architectures import find_architecture
+from wise_fast.calibration import calibrated
 from wise_fast.chat import rendered
 from wise_fast.config import WiseConfig
 from wise_fast.data import Edit, as_edits, deduplicate
@@ -180,7 +180,7 @@ class WiseEditor(Material, Sharing):
         )
         holds = {i for i, report in enumerate(old) if report.success}
         holds |= {i for i, success in enumerate(fit.success, first) if success}
-        memory, scores = self._calibrated(memory, fit.p, keys, holds)
+        memory, scores = calibrated(memory, fit.p, keys, holds, self.config)
         new = [
             r.replace(success=fit.success[i], score=scores[first + i], note="" if fit.success[i] else _FAILED)
             for i, r in enumerate(reports)
@@ -195,29 +195,6 @@ class WiseEditor(Material, Sharing):
             shard=shard.replace(memory=memory, p=fit.p, keys=keys, quiet=quiet),
             reports=made,
         )
-
-    def _calibrated(
-        self, memory: SideMemory, p: Tensor | None, keys: Sequence[tuple[int, Tensor]], holds: set[int]
-    ) -> tuple[SideMemory, dict[int, float]]:
-        """The memory with its thresholds and leverage factor, and the routing score of each edit in it.
-
-        Edits that do not hold do not drag a threshold down (DESIGN section 2).
-        """
-        scores = {index: self._loudness(memory, key) for index, key in keys}
-        counted = [index for index in scores if index in holds] or list(scores)
-        memory = memory.replace(threshold=self.config.act_ratio * min(scores[index] for index in counted))
-        if p is None or self.config.route_by == "score":
-            return memory, scores
-        memory = memory.replace(factor=protection.untaught_factor(p))
-        scores = {index: scores[index] / memory.spread(key) for index, key in keys}
-        z = [scores[index] for index in counted]
-        # No outlier drags the median; an edit below its share still counts, or it could not be heard.
-        threshold = min(self.config.z_ratio * statistics.median(z), self.config.act_ratio * min(z))
-        return memory.replace(z_threshold=threshold), scores
-
-    def _loudness(self, memory: SideMemory, key: Tensor) -> float:
-        mask = torch.ones(1, key.shape[0], dtype=torch.bool, device=key.device)
-        return float(objective.scores(memory.respond(key), mask, self.config.reduction))
 
     # -- state --------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,21 @@ from wise_fast.errors import ConfigError
 
 
 @dataclass(frozen=True)
+class Taught:
+    """What a memory was taught, for merging.
+
+    Attributes:
+        information: [K, K] fp32, `P^-1 - P_0^-1`: the covariance of its edits' activations over lambda.
+        origin: `P_0`, of the memory before its first edit.
+        keys: of a sample of its edits that hold, (index of the edit, prompt activations [n, K]), for thresholds.
+    """
+
+    information: Tensor
+    origin: Tensor
+    keys: tuple[tuple[int, Tensor], ...]
+
+
+@dataclass(frozen=True)
 class SideMemory:
     """One side memory as a value: editing makes a new one, so old states can be kept and restored.
 
@@ -31,6 +46,7 @@ class SideMemory:
         factor: [K, r] fp32 thin factor of what it has not been taught (`protection.untaught_factor`), for leverage;
             None without the protected update.
         edits: indices of the edits it holds, in the editor's order.
+        taught: what a covariance-weighted merge needs to know of it; None where none will come.
     """
 
     layout: str
@@ -41,6 +57,7 @@ class SideMemory:
     z_threshold: float = float("inf")
     factor: Tensor | None = None
     edits: tuple[int, ...] = ()
+    taught: Taught | None = None
 
     @classmethod
     def blank(cls, layout: str, shape: tuple[int, int], ratio: float, generator: torch.Generator, device) -> SideMemory:

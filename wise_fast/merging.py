@@ -1,4 +1,4 @@
-"""Closing shards: TIES merge of k compact shards into one side memory (paper, section 3.3)."""
+"""Closing shards: k compact shards become one side memory, by TIES (paper, section 3.3) or weighted by covariances."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import torch
 from torch import Tensor
 
 import wise_kernels as kernels
+from wise_fast.calibration import Keys, calibrated
 from wise_fast.config import WiseConfig
-from wise_fast.memory import SideMemory
-from wise_fast.state import EditorState
+from wise_fast.memory import SideMemory, Taught, storable
+from wise_fast.state import EditorState, Shard
+
+_RIDGE = 0.03  # of a merge by covariances, in units of lambda: what unrelated text may still hold against the edits
+_SAMPLE = 100  # edits whose prompts a merged memory's thresholds are taken from
 
 
 def close_shard(state: EditorState, config: WiseConfig) -> EditorState:
@@ -16,11 +20,17 @@ def close_shard(state: EditorState, config: WiseConfig) -> EditorState:
     memory = state.shard.memory
     if config.mode == "retrieve":
         return state.replace(merged=(*state.merged, memory), shard=None)
+    if config.merging == "regmean":
+        memory = memory.replace(taught=_taught(state.shard, {i for i, r in enumerate(state.reports) if r.success}))
     closed = (*state.closed, memory)
     if len(closed) < config.shards:
         return state.replace(closed=closed, shard=None)
-    merged = merge_memories([*state.merged, *closed], config.density)
-    return state.replace(merged=(merged,), closed=(), shard=None, merges=state.merges + 1)
+    merge = merge_by_covariance if config.merging == "regmean" else _merge_by_ties
+    return state.replace(merged=merge([*state.merged, *closed], config), closed=(), shard=None, merges=state.merges + 1)
+
+
+def _merge_by_ties(memories: list[SideMemory], config: WiseConfig) -> tuple[SideMemory, ...]:
+    return (merge_memories(memories, config.density),)
 
 
 def merge_memories(memories: list[SideMemory], density: float) -> SideMemory:
@@ -43,6 +53,45 @@ def merge_memories(memories: list[SideMemory], density: float) -> SideMemory:
         factor=None,
         edits=tuple(e for m in memories for e in m.edits),
     )
+
+
+def merge_by_covariance(memories: list[SideMemory], config: WiseConfig) -> tuple[SideMemory, ...]:
+    """One memory of those that were taught here: what answers all their edits with the least squared error, weighted by
+    how often each direction was taught (RegMean; Jin et al. 2023). Loaded ones stay as they are: nobody knows theirs.
+
+        D = (sum C_j + mu P_0^-1)^-1 sum C_j D_j,  C_j = P_j^-1 - P_0^-1
+
+    It is as protected as if all edits had been written into it, P = (sum C_j + P_0^-1)^-1, and no larger than each.
+    """
+    known = [m for m in memories if m.taught is not None]
+    if len(known) < 2:
+        return tuple(memories)
+    first, origin = known[0], known[0].taught.origin
+    before = torch.linalg.inv(origin.double())
+    parts = [(m.taught.information.double(), m.values.double()) for m in known]
+    information = torch.stack([c for c, _ in parts]).sum(0)
+    values = torch.linalg.solve(information + _RIDGE * before, torch.stack([c @ d for c, d in parts]).sum(0))
+    keys = _sampled([key for m in known for key in m.taught.keys])
+    merged = first.replace(
+        values=storable(values.float()),
+        edits=tuple(e for m in known for e in m.edits),
+        taught=Taught(information.float(), origin, keys),
+    )
+    p = torch.linalg.inv(information + before).float()
+    merged, _ = calibrated(merged, p, keys, merged.edits, config)
+    return (*(m for m in memories if m.taught is None), merged)
+
+
+def _taught(shard: Shard, holds: set[int]) -> Taught:
+    information = torch.linalg.inv(shard.p.double()) - torch.linalg.inv(shard.origin.double())
+    keys = [key for key in shard.keys if key[0] in holds] or list(shard.keys)
+    return Taught(information.float(), shard.origin, _sampled(keys))
+
+
+def _sampled(keys: Keys) -> tuple[tuple[int, Tensor], ...]:
+    """At most so many of them, evenly spread."""
+    count = min(len(keys), _SAMPLE)
+    return tuple(keys[i * len(keys) // count] for i in range(count))
 
 
 def _rows(memory: SideMemory) -> Tensor:

@@ -49,7 +49,7 @@ class Shard:
     Attributes:
         memory: its values so far.
         p: [K, K] fp32 protection matrix, or None without the protected update.
-        origin: `p` before the first edit.
+        origin: `p` before the first edit, for merging.
         keys: per edit held, (index of the edit, prompt activations [n, K]), for thresholds.
         quiet: neighbours of the latest edits, which later ones must leave quiet as well.
     """

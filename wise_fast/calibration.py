@@ -1,0 +1,40 @@
+"""Thresholds of a memory, from the activations of its own edits' prompts."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from wise_fast import objective, protection
+from wise_fast.config import WiseConfig
+from wise_fast.memory import SideMemory
+
+Keys = Sequence[tuple[int, Tensor]]  # per edit, its index and its prompt's activations [n, K]
+
+
+def calibrated(
+    memory: SideMemory, p: Tensor | None, keys: Keys, holds: Collection[int], config: WiseConfig
+) -> tuple[SideMemory, dict[int, float]]:
+    """The memory with its thresholds and leverage factor, and the routing score of each edit in `keys`.
+
+    Edits that do not hold do not drag a threshold down (DESIGN section 2).
+    """
+    scores = {index: _loudness(memory, key, config) for index, key in keys}
+    counted = [index for index in scores if index in holds] or list(scores)
+    memory = memory.replace(threshold=config.act_ratio * min(scores[index] for index in counted))
+    if p is None or config.route_by == "score":
+        return memory, scores
+    memory = memory.replace(factor=protection.untaught_factor(p))
+    scores = {index: scores[index] / memory.spread(key) for index, key in keys}
+    z = [scores[index] for index in counted]
+    # No outlier drags the median; an edit below its share still counts, or it could not be heard.
+    threshold = min(config.z_ratio * statistics.median(z), config.act_ratio * min(z))
+    return memory.replace(z_threshold=threshold), scores
+
+
+def _loudness(memory: SideMemory, key: Tensor, config: WiseConfig) -> float:
+    mask = torch.ones(1, key.shape[0], dtype=torch.bool, device=key.device)
+    return float(objective.scores(memory.respond(key), mask, config.reduction))
