@@ -33,9 +33,9 @@ lint: $(STAMP) ## ruff: rules and format
 	@$(BIN)/python -m ruff check $(SOURCES)
 	@$(BIN)/python -m ruff format --check $(SOURCES)
 
-# Tests use small tensors: more threads than this only wait for each other.
-test: lint ## lint, then the test suite (ARGS="-k name" for a part)
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -q $(ARGS)
+# Tests use small tensors: a second worker is worth more than a second thread.
+test: lint ## lint, then the test suite (ARGS="-k name" for a part, WORKERS= at once)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -n $${WORKERS:-2} --dist loadfile $(ARGS)
 
 bench: $(STAMP) ## the benchmarks (ARGS= is passed on)
 	@$(BIN)/python -m bench.run $(ARGS)

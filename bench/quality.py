@@ -21,16 +21,16 @@ from wise_fast import Edit, WiseConfig, WiseEditor, evaluate
 from wise_fast.models import load_model
 from wise_fast.settings import build_config
 
-_SCORES = ("reliability", "generalization", "locality", "exact", "exact_rephrased")
+SCORES = ("reliability", "generalization", "locality", "exact", "exact_rephrased")
 _COSTS = ("seconds_per_edit", "seconds_p20", "seconds_p80", "steps", "successes", "memories", "edit_wall", "score_wall")
-COLUMNS = (*ENVIRONMENT_COLUMNS, "edits", "offset", "count", "settings", "seed", *_SCORES, *_COSTS)
+COLUMNS = (*ENVIRONMENT_COLUMNS, "edits", "offset", "count", "settings", "seed", *SCORES, *_COSTS)
 _SHOWN = (
     "edits",
     "offset",
     "count",
     "settings",
     "seed",
-    *_SCORES,
+    *SCORES,
     "seconds_per_edit",
     "steps",
     "successes",
@@ -97,7 +97,7 @@ def changed(config: WiseConfig) -> dict:
 
 
 def score(editor: WiseEditor, edits: Sequence[Edit], generate: bool = True) -> dict[str, float | None]:
-    """Teach the edits, then score all of them: the columns `_SCORES` and `_COSTS`."""
+    """Teach the edits, then score all of them: the columns `SCORES` and `_COSTS`."""
     start = time.perf_counter()
     reports = editor.edit(edits)
     edited = time.perf_counter()
@@ -117,7 +117,7 @@ def score(editor: WiseEditor, edits: Sequence[Edit], generate: bool = True) -> d
 
 def mean(rows: Sequence[dict]) -> dict[str, float | None]:
     """Means of the figures over rows; None where a row has none."""
-    columns = {name: [row[name] for row in rows] for name in (*_SCORES, *_COSTS)}
+    columns = {name: [row[name] for row in rows] for name in (*SCORES, *_COSTS)}
     return {name: None if None in values else fmean(values) for name, values in columns.items()}
 
 

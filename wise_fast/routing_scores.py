@@ -31,7 +31,7 @@ def routing_ratios(method, edits: Sequence[Edit], seed: int = 0, most: int = SAM
     routing = getattr(method, "routing", None)
     if routing is None or not method.projection.memories:
         return None
-    return {kind: _ratios(method, texts) for kind, texts in sample_prompts(edits, seed, most).items()}
+    return {kind: scope_ratios(method, texts) for kind, texts in sample_prompts(edits, seed, most).items()}
 
 
 def sample_prompts(edits: Sequence[Edit], seed: int, most: int = SAMPLE) -> dict[str, list[str]]:
@@ -46,8 +46,11 @@ def sample_prompts(edits: Sequence[Edit], seed: int, most: int = SAMPLE) -> dict
 
 
 @torch.no_grad()
-def _ratios(method, prompts: Sequence[str]) -> list[float]:
-    """Largest score / threshold of each prompt, in order; all of a prompt's tokens count, as when it is served."""
+def scope_ratios(method, prompts: Sequence[str]) -> list[float]:
+    """Largest score / threshold of each prompt, in order; above 1 it is in scope. All its tokens count, as in serving.
+
+    The method serves at least one memory.
+    """
     rows = [tokens.Example(tokens.encode(method.tokenizer, prompt), ()) for prompt in prompts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
     found = [0.0] * len(rows)
