@@ -62,17 +62,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def run(options: argparse.Namespace, command: Sequence[str]) -> list[dict]:
     """One row a variant, recorded as soon as it is there."""
     base = build_config(None, options.set)
+    chosen = {what: base.replace(**changes) for what, changes in VARIANTS.items() if (options.only or "") in what}
     edits = read_edits(options.edits, None, options.offset)
     edits, untaught = edits[: options.limit], edits[options.limit or len(edits) :][: options.untaught]
     place = records.environment(options.model, options.device or "cpu", command)
     place |= {"edits": options.edits.name if options.edits else "demo", "offset": options.offset, "count": len(edits)}
     model, tokenizer = load_model(options.model, dtype=options.dtype, device=options.device)
     rows = []
-    for what, changes in VARIANTS.items():
-        if options.only and options.only not in what:
-            continue
+    for what, config in chosen.items():
         sys.stderr.write(f"{what}: {len(edits)} edits\n")
-        config = base.replace(**changes)
         editor = WiseEditor(model, tokenizer, config)
         try:
             figures = measured(editor, edits, untaught, not options.no_generate)

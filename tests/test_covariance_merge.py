@@ -1,5 +1,7 @@
 """Merging weighted by covariances: its normal equations, what it keeps, and who takes part."""
 
+import statistics
+
 import pytest
 import torch
 
@@ -86,6 +88,17 @@ def test_the_sample_that_thresholds_are_taken_from_does_not_grow():
     (merged,) = merge_by_covariance(memories, CONFIG)
     kept = [edit for edit, _ in merged.taught.keys]
     assert len(kept) == _SAMPLE and kept == sorted(kept) and len(set(kept)) == _SAMPLE and kept[-1] > 250
+
+
+def test_an_edit_that_a_merge_has_lost_does_not_open_it_to_everything(three):
+    """Its response is small by now, and who is quieter than it must stay out."""
+    memories, *_ = three
+    lost = memories[0][0].taught.keys[0][1]
+    quiet = memories[0][0].replace(values=memories[0][0].values * 1e-3)
+    (merged,) = merge_by_covariance([quiet, memories[1][0], memories[2][0]], CONFIG)
+    z = [float(merged.respond(key).norm(dim=1).mean()) / merged.spread(key) for _, key in merged.taught.keys]
+    assert merged.z_threshold == pytest.approx(CONFIG.z_ratio * statistics.median(z), rel=1e-5)
+    assert float(merged.respond(lost).norm(dim=1).mean()) / merged.spread(lost) < merged.z_threshold
 
 
 class TestEditor:

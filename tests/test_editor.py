@@ -104,11 +104,12 @@ class TestReports:
 
     def test_a_failed_edit_does_not_lower_the_threshold(self):
         editor = make_editor([FIRST])
-        before = editor.memories[0].threshold
+        before = editor.memories[0]
         editor.config = QUICK.replace(max_steps=1, lr=0.01)
         (report,) = editor.edit(FACTS[1])
-        assert not report.success and report.score < before
-        assert editor.memories[0].threshold > 0.8 * before
+        assert not report.success and report.score < before.z_threshold
+        assert editor.memories[0].threshold > 0.8 * before.threshold
+        assert editor.memories[0].z_threshold > 0.8 * before.z_threshold
 
     def test_every_edit_stops_by_itself(self):
         editor = make_editor([FIRST])
@@ -137,6 +138,24 @@ class TestSameFactTwice:
         (report,) = editor.edit(SECOND)
         assert report.success and answer(editor, [SECOND.prompt]) == ["Bob"]
         assert "superseded" in editor.edits[0].note and editor.edits[1].note == ""
+
+    @pytest.mark.parametrize("changes", [{}, {"mask_ratio": 1.0}, {"route_by": "score"}])
+    @pytest.mark.parametrize("target", ["Bob", "Kim", "xx"])
+    def test_a_closed_memory_forgets_what_a_later_one_was_taught(self, target, changes):
+        """The other edits in it stay as they are."""
+        editor = make_editor(FACTS[:2], shard_size=2, **changes)
+        editor.edit(Edit(FIRST.prompt, target))
+        editor.edit(FACTS[2])
+        assert answer(editor, [FIRST.prompt]) == [target]
+        assert answer(editor, [f.prompt for f in FACTS[1:3]]) == [f.target for f in FACTS[1:3]]
+        assert (
+            choices(editor, [FIRST.prompt]) == choices(editor, [FACTS[2].prompt]) != choices(editor, [FACTS[1].prompt])
+        )
+
+    def test_a_superseded_edit_is_not_scored(self):
+        editor = make_editor(FACTS[:2])
+        editor.edit(SECOND)
+        assert evaluate(editor, generate=False).summary()["reliability"] == 1.0
 
     def test_taking_the_later_one_back_brings_the_earlier_back(self):
         editor = make_editor([FIRST])

@@ -120,9 +120,10 @@ def test_long_requests_are_cut_on_the_left(editor):
     from wise_fast.harness_lm import EditedLM
 
     model = EditedLM(editor, max_length=6)
-    assert model._row(("a", "b"), [1, 2, 3, 4, 5], [6, 7, 8]).ids == (3, 4, 5, 6, 7, 8)
-    assert model._row(("a", "b"), [1, 2, 3, 4, 5], [6, 7, 8]).prompt == 3
-    assert model._row(None, [0], [1, 2]).prompt == 3
+    assert model._row(("a", "b"), [1, 2, 3, 4, 5], [6, 7, 8]).ids == (2, 3, 4, 5, 6, 7, 8)  # the last is not read
+    assert model._row(("a", "b"), [1, 2, 3, 4, 5], [6, 7, 8]).prompt == 4
+    assert model._row(None, [0], [1, 2]).prompt == 2
+    assert model._row(None, [0], [1, 2, 3, 4, 5, 6]).ids == (0, 1, 2, 3, 4, 5, 6)  # a whole window
 
 
 class TestRefused:

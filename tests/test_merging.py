@@ -49,6 +49,7 @@ class TestMerge:
         torch.testing.assert_close(merged.dense(), dense_ties(memories, density))
         assert torch.equal(mask_of(merged), torch.stack([mask_of(m) for m in memories]).any(0))
         assert merged.threshold == 2.0 - (count - 1) / 4 and merged.factor is None
+        assert merged.z_threshold == float("inf") and merged.taught is None
         assert merged.edits == sum((m.edits for m in memories), ())
         assert (merged.layout, merged.shape) == (layout, SHAPE)
 

@@ -284,7 +284,7 @@ def test_fifty_edits_take_at_most_seven_tenths_of_the_dense_matrix(tmp_path):
 def test_inspect_needs_no_model(saved):
     summary = storage.inspect(saved)
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
-    assert (summary["format"], summary["version"], summary["edits"]) == ("wise_fast", 1, 3)
+    assert (summary["format"], summary["version"], summary["edits"]) == ("wise_fast", storage.VERSION, 3)
     assert summary["base"]["family"] == "llama" and summary["base"]["shape"] == [HIDDEN, D_FF]
     first, second = summary["memories"]
     assert (first["layout"], first["columns"], first["edits"], second["edits"]) == ("neuron", 38, 2, 1)
@@ -340,8 +340,8 @@ def test_reformatted_or_foreign_json(copied):
 
 
 def test_a_newer_format_says_so(copied):
-    rewrite(copied, lambda header, records, tensors: header.update(version=2, library="9.0"))
-    refuses(copied, "format version 2, written by wise_fast 9.0.*upgrade")
+    rewrite(copied, lambda header, records, tensors: header.update(version=storage.VERSION + 1, library="9.0"))
+    refuses(copied, f"format version {storage.VERSION + 1}, written by wise_fast 9.0.*upgrade")
 
 
 UNSOUND = {

@@ -87,7 +87,7 @@ def score(it: Terminal, editor: WiseEditor, edits: Sequence[Edit], generate: boo
 
 def summary(reports: Sequence[EditReport]) -> dict:
     """Counts and times of an editing run."""
-    tried = [r for r in reports if not display.superseded(r)]
+    tried = [r for r in reports if not r.superseded]
     seconds = sum(r.seconds for r in tried)
     return {
         "edits": len(tried),
@@ -155,20 +155,25 @@ def exact(rows: Sequence[dict]) -> dict[str, float | None]:
 
 def answers(editor: WiseEditor, prompts: Sequence[str], length: int, progress) -> Iterator[dict]:
     """Rows of `display.answers_table`: each prompt answered without and with the edits, and by which memory."""
-    memories = editor.memories
+    limits = editor.projection.thresholds.tolist() if editor.projection.memories else []
     for place, prompt in enumerate(prompts, 1):
         with editor.disabled():
             (before,) = answer(editor, [prompt], length)
         (after,) = answer(editor, [prompt], length)
-        chosen = int(editor.routing.choice[0]) if memories else -1
-        scores = editor.routing.scores[0].tolist() if memories else []
-        nearest = chosen if chosen >= 0 else max(range(len(scores)), key=scores.__getitem__, default=None)
+        chosen = int(editor.routing.choice[0]) if limits else -1
+        scores = editor.routing.scores[0].tolist() if limits else []
+        nearest = chosen if chosen >= 0 else _nearest(scores, limits)
         yield {
             "prompt": prompt,
             "before": before,
             "after": after,
             "memory": chosen + 1 if chosen >= 0 else None,
             "score": None if nearest is None else scores[nearest],
-            "threshold": None if nearest is None else memories[nearest].threshold,
+            "threshold": None if nearest is None else limits[nearest],
         }
         progress(place)
+
+
+def _nearest(scores: Sequence[float], limits: Sequence[float]) -> int | None:
+    """The memory whose threshold a prompt out of scope comes nearest to; None where there is none."""
+    return max(range(len(scores)), key=lambda j: scores[j] / limits[j] if limits[j] else 0.0, default=None)

@@ -20,18 +20,19 @@ def calibrated(
 ) -> tuple[SideMemory, dict[int, float]]:
     """The memory with its thresholds and leverage factor, and the routing score of each edit in `keys`.
 
-    Edits that do not hold do not drag a threshold down (DESIGN section 2).
+    Edits that do not hold do not drag a threshold down (DESIGN section 2). `holds` is empty where nobody knows.
     """
     scores = {index: _loudness(memory, key, config) for index, key in keys}
     counted = [index for index in scores if index in holds] or list(scores)
     memory = memory.replace(threshold=config.act_ratio * min(scores[index] for index in counted))
-    if p is None or config.route_by == "score":
+    # What TIES merges into has no P, and one bank has one kind of score.
+    if p is None or config.route_by == "score" or (config.mode, config.merging) == ("merge", "ties"):
         return memory, scores
     memory = memory.replace(factor=protection.untaught_factor(p))
     scores = {index: scores[index] / memory.spread(key) for index, key in keys}
-    z = [scores[index] for index in counted]
-    # No outlier drags the median; an edit below its share still counts, or it could not be heard.
-    threshold = min(config.z_ratio * statistics.median(z), config.act_ratio * min(z))
+    # No outlier drags the median, but an edit that holds must be heard.
+    heard = (config.act_ratio * scores[index] for index in scores if index in holds)
+    threshold = min([config.z_ratio * statistics.median(scores[index] for index in counted), *heard])
     return memory.replace(z_threshold=threshold), scores
 
 

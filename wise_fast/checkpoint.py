@@ -35,7 +35,7 @@ from wise_fast.texts import Texts
 
 logger = logging.getLogger(__name__)
 
-FORMAT, VERSION = "wise_fast checkpoint", 1
+FORMAT, VERSION = "wise_fast checkpoint", 2
 FACTS, TENSORS = "state.json", "state.safetensors"
 _FILES = (FACTS, TENSORS)
 _KEPT = 2

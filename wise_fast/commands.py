@@ -177,7 +177,7 @@ def evaluate(
 
         editor = actions.saved_editor(it, model, dtype, device, pack)
         if chosen is None:
-            chosen = [r.edit for r in editor.edits if not display.superseded(r)][:limit]
+            chosen = [r.edit for r in editor.edits if not r.superseded][:limit]
         if not chosen:
             raise WiseError(f"{pack} holds no edits to score; name a file of them with --edits")
         metrics = actions.score(it, editor, chosen, generate=generate)

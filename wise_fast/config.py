@@ -61,7 +61,8 @@ class WiseConfig:
             of all columns only).
         density: share of entries that TIES keeps.
         route_by: what a score is: the norm of the side response ("score", the paper's), or that over the root of the
-            prompt's leverage ("leverage", protected memories only). The largest score over threshold answers.
+            prompt's leverage ("leverage"; protected memories that TIES does not merge only). The largest score over
+            threshold answers.
         reduction: of a prompt's token scores: "mean" or "max".
         stop: which token ends an answer and is trained after the target: "eos", "newline", "none", or "auto".
         batch_size: edits captured and judged together.

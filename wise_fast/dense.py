@@ -149,7 +149,7 @@ def cost(
         merge, task: how to fold, and a key of `wise_fast.tasks.TASKS`.
         generate: also answer freely.
     """
-    edits = [report.edit for report in editor.edits] if edits is None else list(edits)
+    edits = [report.edit for report in editor.edits if not report.superseded] if edits is None else list(edits)
     before = TASKS[task].before(editor, edits, generate)
     routed = TASKS[task].score(editor, edits, generate, before)
     with folded(editor, merge) as method:

@@ -31,14 +31,9 @@ _MEANINGS = {
 _MARKS = {"right": ("✓", "green"), "wrong": ("✗", "red"), "unchanged": ("=", "green"), "changed": ("≠", "red")}
 
 
-def superseded(report: EditReport) -> bool:
-    """Whether a later edit of the same prompt stands in this one's place."""
-    return report.note.startswith("superseded")
-
-
 def failed(reports: Iterable[EditReport]) -> list[EditReport]:
     """Reports of edits that were tried and do not hold."""
-    return [r for r in reports if not r.success and not superseded(r)]
+    return [r for r in reports if not r.success and not r.superseded]
 
 
 def edits_table(reports: Sequence[EditReport]) -> Table:
@@ -61,7 +56,7 @@ def edits_table(reports: Sequence[EditReport]) -> Table:
     for i in shown:
         report = reports[i]
         loss = f"{_number(report.loss_before)} → {_number(report.loss)}"
-        ok = Text("–", "dim") if superseded(report) else _mark("right" if report.success else "wrong")
+        ok = Text("–", "dim") if report.superseded else _mark("right" if report.success else "wrong")
         texts = (Text(report.edit.prompt), Text(report.edit.target))
         seconds = _number(report.seconds)
         table.add_row(

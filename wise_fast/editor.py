@@ -186,9 +186,12 @@ class WiseEditor(Material, Sharing):
             for i, r in enumerate(reports)
         ]
         made = (*old, *new)
-        gone = {i for i, r in enumerate(made) if r.note.startswith("superseded")}
+        gone = {i for i, r in enumerate(made) if r.superseded}
         # A memory of superseded edits alone would only compete with the one that replaced it.
         merged, closed = (tuple(m for m in part if set(m.edits) - gone) for part in (state.merged, state.closed))
+        for i in stale:
+            a = self._prompt_activations(made[i].edit.prompt)
+            merged, closed = (tuple(m.forget(a) if i in m.edits else m for m in part) for part in (merged, closed))
         return state.replace(
             merged=merged,
             closed=closed,

@@ -31,6 +31,6 @@ class EditedLM(HFLM):
         return [(float(r.logp.sum()), bool((r.best == r.labels).all())) for r in found]
 
     def _row(self, texts, context: list[int], continuation: list[int]) -> Row:
-        ids = (*context, *continuation)[-self.max_length :]
+        ids = (*context, *continuation)[-self.max_length - 1 :]  # the last one is scored, not read
         first = max(1, len(ids) - len(continuation))
-        return Row(ids, first, len(ids) if texts is None else first)  # rolling windows come without their texts
+        return Row(ids, first, len(ids) - 1 if texts is None else first)  # rolling windows come without their texts

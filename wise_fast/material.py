@@ -92,6 +92,10 @@ class Material:
         response = capture.main[batch.prompt_mask.flatten()].float().norm(dim=-1).median()
         return float(response) * (_UNIT_UNDER_NORM if self.tail.normalizes(capture) else 1.0)
 
+    def _prompt_activations(self, prompt: str) -> Tensor:
+        """[n, d_ff], what the edited projection is given for a prompt."""
+        return self._captured([tokens.encode(self.tokenizer, prompt)])[1].a
+
     def _captured(self, rows: Sequence[tuple[int, ...]]) -> tuple[tokens.Batch, Capture]:
         batch = tokens.collate([tokens.Example(row, ()) for row in rows], tokens.pad_token(self.tokenizer), self.device)
         return batch, self.tail.capture(batch.input_ids, batch.attention_mask)

@@ -89,6 +89,20 @@ class SideMemory:
         side, _ = kernels.side_forward_element(selected, values, self.index[None], bounds)
         return side[0]
 
+    def forget(self, a: Tensor) -> SideMemory:
+        """The memory without its response to a prompt's activations [n, d_ff]: `D <- D - P A^T (A P A^T)^-1 A D`, which
+        moves other responses as little as the leverage factor knows them. The element layout keeps it.
+        """
+        if self.layout == "element":
+            return self
+        selected = self.select(a)
+        reached = selected if self.factor is None else selected @ self.factor
+        gram = (reached @ reached.t()).double()
+        gram.diagonal().add_(1e-4 * gram.diagonal().mean())  # more tokens than columns of the factor, or equal ones
+        share = torch.linalg.solve(gram, self.respond(selected).double()).float()
+        moved = reached.t() @ share
+        return self.replace(values=storable(self.values - (moved if self.factor is None else self.factor @ moved)))
+
     def dense(self) -> Tensor:
         """`D` as [d_out, d_ff], for export and tests."""
         if self.layout == "neuron":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,15 +27,17 @@ def close_shard(state: EditorState, config: WiseConfig) -> EditorState:
     closed = (*state.closed, memory)
     if len(closed) < config.shards:
         return state.replace(closed=closed, shard=None)
+    memories = (*state.merged, *closed)
     merge = merge_by_covariance if config.merging == "regmean" else _merge_by_ties
-    return state.replace(merged=merge([*state.merged, *closed], config), closed=(), shard=None, merges=state.merges + 1)
+    merged = merge(memories, config)
+    return state.replace(merged=merged, closed=(), shard=None, merges=state.merges + (len(merged) < len(memories)))
 
 
-def _merge_by_ties(memories: list[SideMemory], config: WiseConfig) -> tuple[SideMemory, ...]:
+def _merge_by_ties(memories: Sequence[SideMemory], config: WiseConfig) -> tuple[SideMemory, ...]:
     return (merge_memories(memories, config.density),)
 
 
-def merge_memories(memories: list[SideMemory], density: float) -> SideMemory:
+def merge_memories(memories: Sequence[SideMemory], density: float) -> SideMemory:
     """TIES-merge memories of one layout; each weighs as many edits as it holds.
 
     Every entry of the disjoint mean is an average over the memories that agree, weighted by their edits, so a memory
@@ -50,12 +54,14 @@ def merge_memories(memories: list[SideMemory], density: float) -> SideMemory:
         values=values,
         index=index,
         threshold=min(m.threshold for m in memories),
+        z_threshold=float("inf"),
         factor=None,
+        taught=None,
         edits=tuple(e for m in memories for e in m.edits),
     )
 
 
-def merge_by_covariance(memories: list[SideMemory], config: WiseConfig) -> tuple[SideMemory, ...]:
+def merge_by_covariance(memories: Sequence[SideMemory], config: WiseConfig) -> tuple[SideMemory, ...]:
     """One memory of those that were taught here: what answers all their edits with the least squared error, weighted by
     how often each direction was taught (RegMean; Jin et al. 2023). Loaded ones stay as they are: nobody knows theirs.
 
@@ -78,7 +84,7 @@ def merge_by_covariance(memories: list[SideMemory], config: WiseConfig) -> tuple
         taught=Taught(information.float(), origin, keys),
     )
     p = torch.linalg.inv(information + before).float()
-    merged, _ = calibrated(merged, p, keys, merged.edits, config)
+    merged, _ = calibrated(merged, p, keys, (), config)
     return (*(m for m in memories if m.taught is None), merged)
 
 

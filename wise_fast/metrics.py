@@ -112,7 +112,7 @@ def readings(method: Method, rows: Sequence[Row], advance: Advance | None = None
         EditDataError: a row is longer than the model's context.
     """
     context = getattr(method.model.config, "max_position_embeddings", None)
-    longest = max((len(row.ids) for row in rows), default=0)
+    longest = max((max(row.prompt, len(row.ids) - 1) for row in rows), default=0)  # a last label is not read
     if context is not None and longest > context:
         raise EditDataError(
             f"a text to score has {longest} tokens, but the model's context is {context}; shorten it or split it"

@@ -19,9 +19,9 @@ class EditReport:
         edit: the edit itself.
         steps: optimiser steps taken.
         loss_before: mean token NLL of the target (with its stop token) given the prompt, before.
-        loss: the same after, over the prompt and every prefixed prompt.
+        loss: the same after, over the prompt and every augmented one.
         score: routing score of the bare prompt when it was taught, as the router measures it (`WiseConfig.route_by`).
-        success: every target token is the argmax and the margins hold, on the prompt and every prefixed prompt.
+        success: every target token is the argmax and the margins hold, on the prompt and every augmented one.
         seconds: wall time of the edit; edits of one batch share its time equally.
         note: what else there is to say ("superseded by ...", "diverged ...", ...), or "".
     """
@@ -34,6 +34,11 @@ class EditReport:
     success: bool = False
     seconds: float = 0.0
     note: str = ""
+
+    @property
+    def superseded(self) -> bool:
+        """Whether a later edit of the same prompt stands in this one's place."""
+        return self.note.startswith("superseded")
 
     def replace(self, **changes) -> EditReport:
         return replace(self, **changes)
@@ -69,12 +74,13 @@ class EditorState:
     """Everything that editing changes.
 
     Attributes:
-        merged: finished memories (in mode "merge" at most one; in mode "retrieve" every closed shard).
+        merged: finished memories (in mode "retrieve" every closed shard; in mode "merge" one, and what was loaded but
+            cannot be merged).
         closed: closed shards that wait for their merge (mode "merge").
         shard: the open shard, or None before the first edit and after loading.
         opened: shards opened so far; seeds the next mask.
         reports: one per edit held, in order.
-        merges: TIES merges so far.
+        merges: merges so far.
     """
 
     merged: tuple[SideMemory, ...] = ()

@@ -32,7 +32,8 @@ from wise_fast.errors import StorageError, WiseError
 from wise_fast.memory import SideMemory
 from wise_fast.state import EditorState, EditReport
 
-FORMAT, VERSION = "wise_fast", 1
+FORMAT, VERSION = "wise_fast", 2
+_READ = (1, 2)  # version 1 had another leverage factor, so it is routed by norms, as its thresholds are
 CONFIG, EDITS, MEMORY = "wise_config.json", "wise_edits.json", "wise_memory.safetensors"
 CARD = "README.md"
 _FILES = (CONFIG, EDITS, MEMORY)
@@ -219,7 +220,7 @@ def _header(data: bytes) -> dict:
         )
     content = {name: value for name, value in header.items() if name != "checksum"}
     # Encoded again it must give the same bytes, so that white space and repeated names count too.
-    if version != VERSION or header.get("checksum") != _sha256(_encode(content)) or data != _encode(header):
+    if version not in _READ or header.get("checksum") != _sha256(_encode(content)) or data != _encode(header):
         raise StorageError(f"{CONFIG} is damaged or was changed: its checksum does not hold; {_ADVICE}")
     return header
 
@@ -230,6 +231,8 @@ def _state(header: dict, files: dict[str, bytes]) -> EditorState:
     places: dict[str, list[SideMemory]] = {"merged": [], "closed": []}
     for number, fact in enumerate(header["memories"]):
         factor = None if fact["rank"] is None else tensors.pop(f"memories.{number}.factor").float()
+        if header["version"] == 1:
+            factor, fact = None, fact | {"z_threshold": "inf"}
         values, index = tensors.pop(f"memories.{number}.values"), tensors.pop(f"memories.{number}.index")
         index = index.long() if fact["layout"] == "neuron" else index
         limits = {name: _number(fact[name]) for name in ("threshold", "z_threshold")}

@@ -98,7 +98,7 @@ class Task:
         """Score edits on the model as it is now.
 
         Args:
-            edits: what to score; None takes all edits that the method holds.
+            edits: what to score; None takes all edits that the method holds, but for superseded ones.
             generate: also generate freely (greedy, natural stop), where the task does.
             before: what the unedited model gave, of `before`; what it lacks is asked now, which gives the same, as
                 `method.disabled()` is the unedited model.
@@ -107,7 +107,8 @@ class Task:
         Raises:
             EditDataError: an edit is unusable or tokenizes to nothing.
         """
-        chosen, generate = _edits(method, method.edits if edits is None else edits), generate and self.generates
+        edits = [report.edit for report in method.edits if not report.superseded] if edits is None else edits
+        chosen, generate = _edits(method, edits), generate and self.generates
         held = Before() if before is None else before
         sheets = self._sheets(method, chosen)
         rows = [row for sheet in sheets for part in sheet.values() for row in part]

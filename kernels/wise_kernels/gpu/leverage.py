@@ -123,9 +123,9 @@ def aot_cases() -> list[AotCase]:
     ]
     for precision, dtype, (block_n, block_k, block_r, num_warps, num_stages) in shipped:
         # One tile proves that the norm compiles as well.
-        for root in (False, True) if block_r == SMALL[2] else (False,):
+        for root, split in [(False, True), (False, False), *([(True, False)] if block_r == SMALL[2] else [])]:
             constexprs = {
-                "ROOT": root, "SPLIT": block_r < 128, "PRECISION": precision, "s_af": 1, "s_fr": 1,
+                "ROOT": root, "SPLIT": split, "PRECISION": precision, "s_af": 1, "s_fr": 1,
                 "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": block_r,
             }  # fmt: skip
             pointers = {"p_a": f"*{dtype}", "p_columns": "*i64", "p_bounds": "*i64", "p_factors": "*fp32"}
@@ -135,8 +135,9 @@ def aot_cases() -> list[AotCase]:
                 for name in thin_fwd_kernel.arg_names
             }
             divisible = tuple(n for n in (*pointers, "s_an", "s_fk") if n not in constexprs)
+            what = "norm" if root else "parts" if split else "square"
             cases.append(AotCase(
-                f"leverage/{block_n}x{block_r}x{block_k}/{dtype}/{'norm' if root else 'square'}", thin_fwd_kernel,
+                f"leverage/{block_n}x{block_r}x{block_k}/{dtype}/{what}", thin_fwd_kernel,
                 signature, constexprs, num_warps, num_stages, "mma" if precision == "tf32" else None, divisible,
             ))  # fmt: skip
     for root in (False, True):

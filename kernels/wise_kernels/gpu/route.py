@@ -50,7 +50,7 @@ def rank_of(b_score, p_thresholds, o_j, m_j):
 @triton.jit
 def spread_of(b_leverage, LEAST: tl.constexpr):
     """What a score is divided by, from the mean leverage; rounded as on the host."""
-    return tl.sqrt_rn(tl.maximum(b_leverage, LEAST))
+    return tl.sqrt_rn(tl.maximum(b_leverage, LEAST, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
@@ -199,12 +199,13 @@ def aot_cases() -> list[AotCase]:
     """Every block size, with and without leverage; the reduction changes a few instructions."""
     cases = []
     blocks = [(True, j, t) for _, j, t in WHOLE] + [(False, SPLIT_J, SPLIT_T)]
-    for whole, block_j, block_t in blocks:
+    # Sketched routing scores in any block size and chooses later.
+    for whole, block_j, block_t in [*blocks, *((False, j, t) for _, j, t in WHOLE)]:
         for leverage in (False, True):
             pointers = dict.fromkeys(("p_norms", "p_thresholds", "p_scores"), "*fp32") | {"p_choice": "*i64"}
             pointers |= {"p_mask": "*i1", "p_leverage": "*fp32" if leverage else None}
             pointers["p_spread"] = "*fp32" if leverage and not whole else None
-            name = f"route/{block_j}x{block_t}/{'leverage' if leverage else 'score'}"
+            name = f"route/{block_j}x{block_t}/{'whole' if whole else 'scores'}/{'leverage' if leverage else 'norm'}"
             cases.append(_case(name, route_fwd_kernel, pointers, NUM_WARPS, {
                 "MAX": not leverage, "LEVERAGE": leverage, "KEEP": leverage and not whole, "CHOOSE": whole,
                 "LEAST": LEAST, "BLOCK_J": block_j, "BLOCK_T": block_t, "PDL": False,
