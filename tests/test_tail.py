@@ -211,6 +211,20 @@ def test_only_wanted_logits():
     torch.testing.assert_close(some, every[:, vocabulary])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_captures_replayed_together(family):
+    tail, parts = make_tail(family), []
+    for seed, lengths in enumerate((LENGTHS, (3,), (1, 2))):
+        capture = tail.capture(*right_padded(lengths, seed))
+        parts.append((capture, capture.main.clone().requires_grad_(), targets(capture.attention_mask)[0]))
+    inputs, apart = [y for _, y, _ in parts], torch.cat([tail.replay(*part) for part in parts])
+    together = tail.replay_all(parts)
+    torch.testing.assert_close(together, apart, **TOLERANCE)
+    weights = torch.randn(together.shape, generator=torch.Generator().manual_seed(0))
+    for got, want in zip(*(torch.autograd.grad((x * weights).sum(), inputs) for x in (together, apart)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_a_module_shared_by_both_sides_still_runs_in_the_tail():
     model = tiny_model("llama")
     model.model.norm = model.model.layers[2].input_layernorm  # taped as the edited layer's, live as the final norm

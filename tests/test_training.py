@@ -7,7 +7,7 @@ from torch import nn
 from tests.edited import D_FF, FACTS, QUICK, WIDTH, logits, make_editor
 from wise_fast import Edit, training
 from wise_fast.augment import drop_words
-from wise_fast.rows import buckets
+from wise_fast.rows import buckets, look_at
 from wise_fast.tasks import evaluate
 from wise_fast.tokens import pad_token
 from wise_fast.training import Trainer
@@ -23,6 +23,11 @@ def make_trainer(editor, facts, values=None, p=None):
     generator, pad = torch.Generator().manual_seed(0), pad_token(editor.tokenizer)
     rows, quiet = editor._examples(facts, range(len(facts))), editor._quiet_pool
     return Trainer(editor.tail, memory, p, rows, quiet, editor.config, editor.unit, generator, pad)
+
+
+def unmoved(rows, numbers):
+    """These rows as `look_at` wants them, under the memory they began with."""
+    return [(group, places, group.before[group.tokens(places)]) for group, places in rows.split(numbers)]
 
 
 def plain_loss(editor, trainer, facts, delta):
@@ -194,8 +199,8 @@ class TestRows:
         for of, edit in ((alone, 0), (among, 1)):
             numbers = [edit * of.variants + variant for variant in range(of.variants)]
             nll = {}
-            for group, places in of.split(numbers):
-                look = group.look(places, group.before[group.tokens(places)], "mean", full=True)
+            parts = unmoved(of, numbers)
+            for (group, places, _), look in zip(parts, look_at(parts, "mean", full=True), strict=True):
                 nll |= {group.numbers[p] % of.variants: x for p, x in zip(places, look.nll.tolist(), strict=True)}
             seen.append([nll[variant] for variant in range(of.variants)])
         assert seen[0] == pytest.approx(seen[1], rel=1e-4)
@@ -204,12 +209,10 @@ class TestRows:
 
     def test_labels_of_every_row_know_the_rest_of_the_vocabulary(self):
         trainer = make_trainer(make_editor(prefixes=3, dropped=1), FACTS)
-        looks = [
-            (g, p, g.look(p, g.before[g.tokens(p)], "mean", full=True)) for g, p in trainer.rows.split([0, 5, 10, 15])
-        ]
-        trainer.rows.restrict(looks)
-        for group, places, full in looks:
-            part = group.look(places, group.before[group.tokens(places)], "mean", full=False)
+        parts = unmoved(trainer.rows, [0, 5, 10, 15])
+        looks = look_at(parts, "mean", full=True)
+        trainer.rows.restrict([(group, places, look) for (group, places, _), look in zip(parts, looks, strict=True)])
+        for part, full in zip(look_at(parts, "mean", full=False), looks, strict=True):
             torch.testing.assert_close(part.nll, full.nll, rtol=1e-3, atol=1e-4)
 
 
@@ -317,13 +320,13 @@ class TestStopping:
         whole = Likely.of
         monkeypatch.setattr(training, "WHOLE_VOCABULARY", 16)
         monkeypatch.setattr(Likely, "of", classmethod(lambda cls, *given: whole(*given, 6)))
-        seen, replay = [], type(make_editor().tail).replay
+        seen, replay = [], type(make_editor().tail).replay_all
 
-        def watched(self, capture, y, positions, head=None):
+        def watched(self, parts, head=None):
             seen.append(260 if head is None else len(head[0]))
-            return replay(self, capture, y, positions, head)
+            return replay(self, parts, head)
 
-        monkeypatch.setattr("wise_fast.tail.Tail.replay", watched)
+        monkeypatch.setattr("wise_fast.tail.Tail.replay_all", watched)
         editor = make_editor(FACTS)
         assert min(seen) < 150 and 260 in seen
         assert all(r.success for r in editor.edits)

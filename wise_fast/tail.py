@@ -10,7 +10,7 @@ tail of its own.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 
@@ -132,18 +132,39 @@ class Tail:
         Returns:
             [M, V] logits, exactly those of a full forward whose projection returned `y`.
         """
+        return self.replay_all([(capture, y, positions)], head)
+
+    def replay_all(self, parts: Sequence[tuple[Capture, Tensor, Tensor]], head: tuple | None = None) -> Tensor:
+        """Logits of several captures' label positions, one behind the other, from one product with the LM head.
+
+        A large head costs its reading, however few the positions are.
+        """
+        module, states = self.model.get_submodule(self.architecture.head), []
+        for part in parts[:-1]:
+            with self._replaying(*part) as stack:
+                stack.enter_context(_forward(module, _stop_at(states)))
+                stack.enter_context(suppress(_Reached))
+                self._run(part[0])
+        forward = module.forward if head is None else lambda h: nn.functional.linear(h, *head)
+        with self._replaying(*parts[-1]) as stack:
+            stack.enter_context(_forward(module, lambda h: forward(torch.cat([*states, h], 1))))
+            return self._run(parts[-1][0]).logits[0]
+
+    @contextmanager
+    def _replaying(self, capture: Capture, y: Tensor, positions: Tensor) -> Iterator[ExitStack]:
+        """Play the tape; the last FFN and the head see label positions alone."""
         with self._playing(capture, y) as stack:
             stack.enter_context(self.head_at(positions))
             if self.architecture.last_ffn is not None:
                 ffn = self.model.get_submodule(self.architecture.last_ffn)
                 stack.enter_context(_forward(ffn, _at(positions, ffn.forward)))
-            if head is not None:
-                module = self.model.get_submodule(self.architecture.head)
-                stack.enter_context(_forward(module, lambda h: nn.functional.linear(h, *head)))
-            output = self.model(
-                input_ids=capture.input_ids, attention_mask=capture.attention_mask, use_cache=False, return_dict=True
-            )
-        return output.logits[0]
+            yield stack
+
+    def _run(self, capture: Capture):
+        """The model's own forward."""
+        return self.model(
+            input_ids=capture.input_ids, attention_mask=capture.attention_mask, use_cache=False, return_dict=True
+        )
 
     @torch.no_grad()
     def normalizes(self, capture: Capture) -> bool:
@@ -163,7 +184,7 @@ class Tail:
         with self._playing(capture, y) as stack:
             stack.callback(layer.register_forward_hook(leave).remove)
             stack.enter_context(suppress(_Reached))
-            self.model(input_ids=capture.input_ids, attention_mask=capture.attention_mask, use_cache=False)
+            self._run(capture)
         return found[0].float()
 
     @contextmanager
@@ -285,7 +306,7 @@ def _at(positions: Tensor, forward: Callable) -> Callable:
 
 def _stop_at(found: list[Tensor]) -> Callable:
     def stop(a: Tensor):
-        found.append(a.detach())
+        found.append(a)
         raise _Reached
 
     return stop

@@ -19,7 +19,7 @@ from wise_fast.config import WiseConfig
 from wise_fast.memory import SideMemory
 from wise_fast.protection import gain, weighted
 from wise_fast.quiet import Quiet
-from wise_fast.rows import Group, Look, Rows
+from wise_fast.rows import Group, Look, Rows, look_at
 from wise_fast.tail import Tail
 from wise_fast.texts import Texts
 from wise_fast.tokens import Example
@@ -238,17 +238,16 @@ class Trainer:
         features = [self.quiet.features[quiet_tokens]]
         margin_weight, reduction = self.config.margin_weight, self.config.reduction
         losses, inputs = quiet.new_zeros(self.count), []
+        parts = [(g, places, self._response(g, places).requires_grad_()) for g, places in self.rows.split(rows)]
         drawn = torch.bincount(torch.tensor(rows) // self.variants, minlength=self.count).to(quiet.device)
-        for group, places in self.rows.split(rows):
-            response = self._response(group, places).requires_grad_()
-            look = group.look(places, response, reduction, full=False)
-            margin = objective.edit_margin(look.score, self.config, self.unit)
-            margin = margin + objective.gap_margin(look.score, loudest, self.config, self.unit)
+        for (group, places, response), seen in zip(parts, look_at(parts, reduction, full=False), strict=True):
+            margin = objective.edit_margin(seen.score, self.config, self.unit)
+            margin = margin + objective.gap_margin(seen.score, loudest, self.config, self.unit)
             edit = torch.tensor([group.numbers[i] for i in places], device=quiet.device) // self.variants
-            losses = losses.index_add(0, edit, (look.nll + margin_weight * margin) / drawn[edit])
+            losses = losses.index_add(0, edit, (seen.nll + margin_weight * margin) / drawn[edit])
             inputs.append((edit, response))
             features.append(group.features[group.tokens(places)])
-            self._note(group, places, look)
+            self._note(group, places, seen)
         total = losses.sum() + margin_weight * objective.irrelevant_margin(quiet_score, self.config, self.unit).sum()
         gradients = torch.autograd.grad(total, [quiet, *(response for _, response in inputs)])
         # A gradient can overflow where its loss does not, and would spoil the values that all edits share.
@@ -307,11 +306,10 @@ class Trainer:
 
     def _look(self, numbers: Sequence[int], full: bool) -> list[tuple[Group, list[int], Look]]:
         """These rows under what the memory holds."""
-        found = []
-        for group, places in self.rows.split(numbers):
-            response = self.memory.respond(group.selected[group.tokens(places)])
-            found.append((group, places, group.look(places, response, self.config.reduction, full)))
-        return found
+        split = self.rows.split(numbers)
+        parts = [(g, places, self.memory.respond(g.selected[g.tokens(places)])) for g, places in split]
+        looks = look_at(parts, self.config.reduction, full)
+        return [(group, places, seen) for (group, places), seen in zip(split, looks, strict=True)]
 
     def _restrict(self, looks: Sequence[tuple[Group, list[int], Look]]) -> None:
         if looks[0][2].logits.shape[1] > WHOLE_VOCABULARY:
