@@ -2,9 +2,9 @@
 
 `Tail.capture` runs the model's own forward until the projection is reached, keeps what each frozen module before it
 returned, and stops there. `Tail.replay` runs the same forward again, but every such module answers from the tape, the
-projection returns the tensor it is given, and the last layer's FFN and the LM head see label positions only. The
-model's own code does the rest (masks, residuals, later layers, final norm, soft-capping), so no architecture needs a
-tail of its own.
+projection returns the tensor it is given, and the last layer's FFN and the LM head see label positions only. No FFN
+but the edited layer's sees padding. The model's own code does the rest (masks, residuals, later layers, final norm,
+soft-capping), so no architecture needs a tail of its own.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ class Tail:
         found: list[Tensor] = []
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
+            self._skip_padding(stack, self.architecture.ffns[: self.architecture.layer], attention_mask)
             for name, module in self._upstream():
                 stack.enter_context(_forward(module, self._recorder(name, module.forward, tape)))
             stack.enter_context(_forward(self._projection(), _stop_at(found)))
@@ -155,10 +156,22 @@ class Tail:
         """Play the tape; the last FFN and the head see label positions alone."""
         with self._playing(capture, y) as stack:
             stack.enter_context(self.head_at(positions))
-            if self.architecture.last_ffn is not None:
-                ffn = self.model.get_submodule(self.architecture.last_ffn)
-                stack.enter_context(_forward(ffn, _at(positions, ffn.forward)))
+            *later, last = self.architecture.ffns[self.architecture.layer :]
+            self._skip_padding(stack, later, capture.attention_mask)
+            self._limit(stack, [last], positions)
             yield stack
+
+    def _skip_padding(self, stack: ExitStack, ffns: Sequence[str | None], attention_mask: Tensor) -> None:
+        """Let these FFNs compute what is not padding, which no token sees."""
+        seen = attention_mask.flatten().nonzero()[:, 0]
+        if len(seen) < attention_mask.numel():
+            self._limit(stack, ffns, seen)
+
+    def _limit(self, stack: ExitStack, ffns: Sequence[str | None], positions: Tensor) -> None:
+        """Let these FFNs compute some of the flattened tokens alone; a layer that has no such module is left out."""
+        for name in filter(None, ffns):
+            ffn = self.model.get_submodule(name)
+            stack.enter_context(_forward(ffn, _at(positions, ffn.forward)))
 
     def _run(self, capture: Capture):
         """The model's own forward."""
