@@ -41,6 +41,18 @@ def test_between_full_looks_only_what_is_near_its_margin_is_looked_at():
     assert shown[2] == [3]
 
 
+def test_a_look_at_all_texts_between_two_steps_counts_as_the_next_steps():
+    quiet, memory = make_quiet([0.0] * 3)
+    z = torch.zeros_like(memory.values)
+    whole = []
+    for step in range(1, 12):
+        quiet.loud(memory, z, step)
+        whole.append(quiet.whole == step)
+        if step == 5:
+            assert quiet.hushed(memory, z)
+    assert [step for step, all_ in enumerate(whole, 1) if all_] == [1, 2, 6, 10]
+
+
 @pytest.mark.parametrize("norms, loud", [([0.2, 1.5, 0.9, 1.1], [1, 3]), ([0.2, 0.9, 0.8], [1])])
 def test_what_is_trained_is_above_its_margin_or_the_loudest(norms, loud):
     quiet, memory = make_quiet([n * MARGIN for n in norms])
