@@ -220,7 +220,12 @@ class TestSettling:
     def watched(self, monkeypatch):
         """What is settled, in order, and the trainers that did it."""
         settle, settled, run, trainers = Trainer._settle, [], Trainer.run, []
-        monkeypatch.setattr(Trainer, "_settle", lambda self, edits: settled.append(list(edits)) or settle(self, edits))
+
+        def settling(self, edits, *active):
+            settled.append(list(edits))
+            settle(self, edits, *active)
+
+        monkeypatch.setattr(Trainer, "_settle", settling)
         monkeypatch.setattr(Trainer, "run", lambda self: trainers.append(self) or run(self))
         return settled, trainers
 
@@ -269,7 +274,8 @@ class TestSettling:
         editor = make_editor(FACTS[:1])
         shard = editor._state.shard
         trainer = make_trainer(editor, FACTS[1:3], shard.memory.values, shard.p)
-        trainer._settle([0])
+        trainer._begin_anew([0, 1])
+        trainer._settle([0], [1])
         trainer._settle([1])
         after = trainer.p
         torch.testing.assert_close(trainer.quiet.features, trainer.quiet.selected @ after, rtol=1e-3, atol=1e-4)
@@ -281,6 +287,19 @@ class TestSettling:
         torch.testing.assert_close(trainer.quiet.features, trainer.quiet.selected @ trainer.p)
         trainer._release([1])
         assert torch.equal(trainer.p, shard.p) and not trainer.absorbed
+
+    def test_what_goes_on_is_protected_from_what_is_settled(self):
+        trainer = make_trainer(make_editor(), FACTS[:2], p=torch.eye(round(0.6 * D_FF)))
+        trainer._begin_anew([0, 1])
+        trainer.z += 0.1 * torch.randn(trainer.z.shape, generator=torch.Generator().manual_seed(3))
+        trainer._settle([0], [1])
+        assert torch.equal(trainer.origin, torch.eye(len(trainer.p)))
+        for group, places in trainer.rows.split(trainer.rows.numbers([1])):
+            tokens = group.tokens(places)
+            selected = group.selected[tokens]
+            torch.testing.assert_close(group.features[tokens], selected @ trainer.p, rtol=1e-3, atol=1e-4)
+            expected = trainer.memory.respond(selected)
+            torch.testing.assert_close(group.before[tokens], expected, rtol=1e-3, atol=1e-4)
 
     def test_without_protection_a_batch_ends_together(self, monkeypatch):
         """Nothing is called fitted that later steps of its batch have undone."""

@@ -86,6 +86,13 @@ class Group:
         self.features[tokens] = selected if p is None else selected @ p
         self.before[tokens] = memory.respond(selected)
 
+    def settle(self, places: Sequence[int], half: Tensor, kept: Tensor) -> None:
+        """The same where since these rows' `begin` `P` has lost `H^T H`, and the memory has taken `H^T kept`."""
+        tokens = self.tokens(places)
+        shares = self.selected[tokens] @ half.t()
+        self.features[tokens] = torch.addmm(self.features[tokens], shares, half, alpha=-1.0)
+        self.before[tokens] = torch.addmm(self.before[tokens], shares, kept)
+
     @property
     def length(self) -> int:
         """Tokens of a row, padding included."""
@@ -193,8 +200,15 @@ class Rows:
     def taught(self, edits: Sequence[int]) -> Tensor:
         """[n, K] activations of these edits' prompts and answers in every row, for protection. Prefixes are any text:
         they would take most of the room, and nobody asks for them again."""
+        return torch.cat([group.selected[tokens] for group, tokens in self._taught(edits)])
+
+    def protected(self, edits: Sequence[int]) -> Tensor:
+        """The same protected, as of these edits' last `begin`."""
+        return torch.cat([group.features[tokens] for group, tokens in self._taught(edits)])
+
+    def _taught(self, edits: Sequence[int]) -> list[tuple[Group, Tensor]]:
         parts = [(group, group.tokens(places)) for group, places in self.split(self.numbers(edits))]
-        return torch.cat([group.selected[tokens[group.asked()[tokens]]] for group, tokens in parts])
+        return [(group, tokens[group.asked()[tokens]]) for group, tokens in parts]
 
     def restrict(self, looks: Sequence[tuple[Group, Sequence[int], Look]]) -> None:
         """Let later looks compute the likely tokens alone, given full looks at the bare prompts.
