@@ -239,6 +239,8 @@ def look_at(parts: Sequence[tuple[Group, Sequence[int], Tensor]], reduction: str
 
     The LM head is asked once for all of them; `full`: over the whole vocabulary.
     """
+    if not parts:
+        return []
     tail, head = parts[0][0].tail, None if full else parts[0][0].head
     labels = [group.labels(places, full) for group, places, _ in parts]
     replays = [group.replay(places, response, of) for (group, places, response), of in zip(parts, labels, strict=True)]
