@@ -202,6 +202,20 @@ def test_training_mode_comes_back_and_dropout_stays_off():
     assert all(m.training for m in tail.model.modules())
 
 
+def test_eval_mode_is_entered_once():
+    tail = make_tail("gpt2", resid_pdrop=0.5)
+    tail.model.train()
+    ids, mask = right_padded(LENGTHS)
+    with pytest.raises(KeyError), tail.evaluating():
+        capture = tail.capture(ids, mask)
+        first, again = (tail.replay(capture, capture.main, targets(mask)[0]) for _ in range(2))
+        assert torch.equal(first, again) and not any(m.training for m in tail.model.modules())
+        raise KeyError
+    assert all(m.training for m in tail.model.modules())
+    tail.capture(ids, mask)
+    assert all(m.training for m in tail.model.modules())
+
+
 def test_only_wanted_logits():
     tail = make_tail("opt")
     capture = tail.capture(*right_padded(LENGTHS))

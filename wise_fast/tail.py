@@ -80,6 +80,23 @@ class Tail:
     def __init__(self, model: nn.Module, architecture: Architecture):
         self.model = model
         self.architecture = architecture
+        self._evaluates = False
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Run with the model in eval mode; inside another such block nothing is left to do.
+
+        To walk through all modules takes as long as a layer's forward does.
+        """
+        if self._evaluates:
+            yield
+            return
+        self._evaluates = True
+        try:
+            with evaluating(self.model):
+                yield
+        finally:
+            self._evaluates = False
 
     @torch.no_grad()
     def capture(self, input_ids: Tensor, attention_mask: Tensor) -> Capture:
@@ -107,7 +124,7 @@ class Tail:
         tape: dict[str, list] = {}
         found: list[Tensor] = []
         with ExitStack() as stack:
-            stack.enter_context(evaluating(self.model))
+            stack.enter_context(self.evaluating())
             self._skip_padding(stack, self.architecture.ffns[: self.architecture.layer], attention_mask)
             for name, module in self._upstream():
                 stack.enter_context(_forward(module, self._recorder(name, module.forward, tape)))
@@ -205,7 +222,7 @@ class Tail:
         """Let the frozen modules answer from the tape and the projection return `y` [B*T, d_out]."""
         y = y.view(*capture.shape, y.shape[-1])
         with ExitStack() as stack:
-            stack.enter_context(evaluating(self.model))
+            stack.enter_context(self.evaluating())
             for name, calls in capture.tape.items():
                 module = self.model.get_submodule(name)
                 stack.enter_context(_forward(module, _player(calls, module.forward)))
