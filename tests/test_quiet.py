@@ -41,16 +41,13 @@ def test_between_full_looks_only_what_is_near_its_margin_is_looked_at():
     assert shown[2] == [3]
 
 
-def test_a_look_at_all_texts_between_two_steps_counts_as_the_next_steps():
-    quiet, memory = make_quiet([0.0] * 3)
+def test_what_a_look_at_all_texts_found_serves_the_next_step():
+    quiet, memory = make_quiet([0.5 * MARGIN, 2.5 * MARGIN])
     z = torch.zeros_like(memory.values)
-    whole = []
-    for step in range(1, 12):
-        quiet.loud(memory, z, step)
-        whole.append(quiet.whole == step)
-        if step == 5:
-            assert quiet.hushed(memory, z)
-    assert [step for step, all_ in enumerate(whole, 1) if all_] == [1, 2, 6, 10]
+    _, fresh = quiet._look(torch.tensor([True, True]), memory, z)
+    assert not quiet.hushed(memory, z) and torch.equal(quiet.known, fresh)
+    tokens, response = quiet.loud(memory, z, 3)
+    assert torch.equal(response, fresh[tokens]) and quiet.known is None
 
 
 @pytest.mark.parametrize("norms, loud", [([0.2, 1.5, 0.9, 1.1], [1, 3]), ([0.2, 0.9, 0.8], [1])])

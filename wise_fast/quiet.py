@@ -10,7 +10,7 @@ from wise_fast.config import WiseConfig
 from wise_fast.memory import SideMemory
 from wise_fast.texts import Texts
 
-_LOOK_EVERY = 4  # steps from one look at all texts to the next
+_LOOK_EVERY = 4  # steps between two looks at all texts
 _NEAR = 0.7  # share of alpha from which on a text is looked at in every step
 _HUSH = 2.0  # multiple of alpha that a text may reach
 
@@ -24,7 +24,6 @@ class Quiet:
             response [n, d_out] of what is written.
         score: [count] of each text when last looked at, over what it may reach, so that alpha is the margin of all.
         margin: alpha in units of scores.
-        step, whole: the last one, and the last one that began with a look at all texts.
         known: response of all tokens if it was looked at since the last step; settling and writing leave it as it is.
     """
 
@@ -33,7 +32,6 @@ class Quiet:
         self.selected, self.before = memory.select(texts.a), memory.respond(memory.select(texts.a))
         self.protect(p)
         self.score = texts.limit.new_zeros(len(texts.names))
-        self.step, self.whole = 0, 0
         self.known: Tensor | None = None
         self._reduce = objective.row_max if config.reduction == "max" else objective.row_mean
 
@@ -56,7 +54,7 @@ class Quiet:
         """Tokens of the texts whose margins have a gradient in this step, and their response, to train."""
         watched = self._watched(step)
         tokens, response = self._look(watched, memory, z)
-        self.step, self.known = step, None
+        self.known = None
         # The loudest counts in every edit's gap.
         least = self.score[watched].max().clamp_max(self.margin) if len(tokens) else self.margin
         loud = (self.score >= least)[self.texts.text[tokens]]
@@ -66,7 +64,6 @@ class Quiet:
     def hushed(self, memory: SideMemory, z: Tensor) -> bool:
         """Whether all texts are quiet under what is written so far."""
         _, self.known = self._look(torch.ones_like(self.score, dtype=torch.bool), memory, z)
-        self.whole = self.step + 1  # which would begin with the same look
         return bool((self.score <= _HUSH * self.margin).all())
 
     def scores(self, response: Tensor, tokens: Tensor) -> Tensor:
@@ -90,7 +87,6 @@ class Quiet:
         The margin of the others has no gradient, and there are more of their tokens than of the edits'. The first step
         shows what the memory did before, the second what the first one did.
         """
-        if step <= 2 or step >= self.whole + _LOOK_EVERY:
-            self.whole = step
+        if step == 1 or step % _LOOK_EVERY == 2:
             return torch.ones_like(self.score, dtype=torch.bool)
         return self.score >= _NEAR * self.margin
