@@ -8,7 +8,6 @@ from statistics import fmean
 
 from bench.measure import PAPER_STEPS, Setting, requests, timed
 from bench.records import Row, percentiles, spread
-from wise_fast import WiseEditor
 
 _BATCH = 8
 
@@ -42,7 +41,7 @@ def _against(row: Row, per_edit: float) -> Row:
 def _ours(setting: Setting, size: int) -> tuple[float, list[Row]]:
     """(median seconds per edit, rows). Batches are full ones; edits left over are learned untimed."""
     editor, case = setting.editor(batch_size=size), f"ours, {_case(size)}"
-    once = timed(lambda: _prepare(editor), setting.device)
+    once = timed(editor.prepare, setting.device)
     whole = len(setting.edits) // size * size
     seconds = []
     for first in range(0, whole, size):
@@ -61,11 +60,6 @@ def _ours(setting: Setting, size: int) -> tuple[float, list[Row]]:
         Row("editing", case, "edits that hold", sum(r.success for r in reports) / len(reports), "share"),
         Row("editing", case, "set-up, once an editor", once, "s"),
     ]
-
-
-def _prepare(editor: WiseEditor) -> None:
-    """What an editor asks its model once: prefixes, quiet texts and their unit, the axes of the tail's tape."""
-    _ = editor.prefixes, editor.unit, editor.tail.axes
 
 
 def _baseline(setting: Setting) -> tuple[float, list[Row]]:

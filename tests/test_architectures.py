@@ -57,12 +57,24 @@ def test_every_family_is_found(family):
     assert found.projection == projection.format(2)
     assert (found.decoder, found.head, found.d_ff, found.d_out) == (decoder, "lm_head", D_FF, HIDDEN)
     assert len(found.layers) == LAYERS and found.projection.startswith(found.layers[2] + ".")
+    inside = None if family.startswith("opt") else projection.rpartition(".")[0]
+    assert found.ffns == tuple(inside and inside.format(i) if i != 2 else None for i in range(LAYERS))
     assert found.context == 512 and found.family == model.config.model_type
     module = model.get_submodule(found.projection)
     assert isinstance(module, Conv1D) == (family == "gpt2")
     assert (module.bias is not None) == (family in WITH_BIAS)
     parent, attribute = found.holder
     assert getattr(model.get_submodule(parent), attribute) is module
+
+
+def test_an_ffn_that_mixes_tokens_computes_all_of_them():
+    class Mixing(type(tiny_model("llama").model.layers[0].mlp)):
+        def forward(self, x):
+            return super().forward(x).cumsum(1)
+
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.__class__ = Mixing
+    assert find_architecture(model).ffns == (None, "model.layers.1.mlp", None, "model.layers.3.mlp")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -92,6 +92,13 @@ class TestReports:
         shown = capsys.readouterr()
         assert "4/4" in shown.out + shown.err  # wherever rich's console points
 
+    def test_what_is_asked_before_is_not_asked_again(self, taught, monkeypatch):
+        editor = make_editor()
+        with torch.inference_mode():
+            editor.prepare()
+        monkeypatch.setattr("wise_fast.material.sample_texts", None)
+        assert [r.loss for r in editor.edit(FACTS)] == [r.loss for r in taught.edits]
+
     def test_the_list_of_edits_is_a_copy(self, taught):
         taught.edits.clear()
         assert len(taught.edits) == len(FACTS)

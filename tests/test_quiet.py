@@ -41,6 +41,15 @@ def test_between_full_looks_only_what_is_near_its_margin_is_looked_at():
     assert shown[2] == [3]
 
 
+def test_what_a_look_at_all_texts_found_serves_the_next_step():
+    quiet, memory = make_quiet([0.5 * MARGIN, 2.5 * MARGIN])
+    z = torch.zeros_like(memory.values)
+    _, fresh = quiet._look(torch.tensor([True, True]), memory, z)
+    assert not quiet.hushed(memory, z) and torch.equal(quiet.known, fresh)
+    tokens, response = quiet.loud(memory, z, 3)
+    assert torch.equal(response, fresh[tokens]) and quiet.known is None
+
+
 @pytest.mark.parametrize("norms, loud", [([0.2, 1.5, 0.9, 1.1], [1, 3]), ([0.2, 0.9, 0.8], [1])])
 def test_what_is_trained_is_above_its_margin_or_the_loudest(norms, loud):
     quiet, memory = make_quiet([n * MARGIN for n in norms])

@@ -202,6 +202,20 @@ def test_training_mode_comes_back_and_dropout_stays_off():
     assert all(m.training for m in tail.model.modules())
 
 
+def test_eval_mode_is_entered_once():
+    tail = make_tail("gpt2", resid_pdrop=0.5)
+    tail.model.train()
+    ids, mask = right_padded(LENGTHS)
+    with pytest.raises(KeyError), tail.evaluating():
+        capture = tail.capture(ids, mask)
+        first, again = (tail.replay(capture, capture.main, targets(mask)[0]) for _ in range(2))
+        assert torch.equal(first, again) and not any(m.training for m in tail.model.modules())
+        raise KeyError
+    assert all(m.training for m in tail.model.modules())
+    tail.capture(ids, mask)
+    assert all(m.training for m in tail.model.modules())
+
+
 def test_only_wanted_logits():
     tail = make_tail("opt")
     capture = tail.capture(*right_padded(LENGTHS))
@@ -209,6 +223,20 @@ def test_only_wanted_logits():
     every = tail.replay(capture, capture.main, positions)
     some = tail.replay(capture, capture.main, positions, tail.head_of(vocabulary))
     torch.testing.assert_close(some, every[:, vocabulary])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_captures_replayed_together(family):
+    tail, parts = make_tail(family), []
+    for seed, lengths in enumerate((LENGTHS, (3,), (1, 2))):
+        capture = tail.capture(*right_padded(lengths, seed))
+        parts.append((capture, capture.main.clone().requires_grad_(), targets(capture.attention_mask)[0]))
+    inputs, apart = [y for _, y, _ in parts], torch.cat([tail.replay(*part) for part in parts])
+    together = tail.replay_all(parts)
+    torch.testing.assert_close(together, apart, **TOLERANCE)
+    weights = torch.randn(together.shape, generator=torch.Generator().manual_seed(0))
+    for got, want in zip(*(torch.autograd.grad((x * weights).sum(), inputs) for x in (together, apart)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_a_module_shared_by_both_sides_still_runs_in_the_tail():

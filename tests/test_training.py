@@ -7,7 +7,7 @@ from torch import nn
 from tests.edited import D_FF, FACTS, QUICK, WIDTH, logits, make_editor
 from wise_fast import Edit, training
 from wise_fast.augment import drop_words
-from wise_fast.rows import buckets
+from wise_fast.rows import buckets, look_at
 from wise_fast.tasks import evaluate
 from wise_fast.tokens import pad_token
 from wise_fast.training import Trainer
@@ -23,6 +23,11 @@ def make_trainer(editor, facts, values=None, p=None):
     generator, pad = torch.Generator().manual_seed(0), pad_token(editor.tokenizer)
     rows, quiet = editor._examples(facts, range(len(facts))), editor._quiet_pool
     return Trainer(editor.tail, memory, p, rows, quiet, editor.config, editor.unit, generator, pad)
+
+
+def unmoved(rows, numbers):
+    """These rows as `look_at` wants them, under the memory they began with."""
+    return [(group, places, group.before[group.tokens(places)]) for group, places in rows.split(numbers)]
 
 
 def plain_loss(editor, trainer, facts, delta):
@@ -194,8 +199,8 @@ class TestRows:
         for of, edit in ((alone, 0), (among, 1)):
             numbers = [edit * of.variants + variant for variant in range(of.variants)]
             nll = {}
-            for group, places in of.split(numbers):
-                look = group.look(places, group.before[group.tokens(places)], "mean", full=True)
+            parts = unmoved(of, numbers)
+            for (group, places, _), look in zip(parts, look_at(parts, "mean", full=True), strict=True):
                 nll |= {group.numbers[p] % of.variants: x for p, x in zip(places, look.nll.tolist(), strict=True)}
             seen.append([nll[variant] for variant in range(of.variants)])
         assert seen[0] == pytest.approx(seen[1], rel=1e-4)
@@ -204,12 +209,10 @@ class TestRows:
 
     def test_labels_of_every_row_know_the_rest_of_the_vocabulary(self):
         trainer = make_trainer(make_editor(prefixes=3, dropped=1), FACTS)
-        looks = [
-            (g, p, g.look(p, g.before[g.tokens(p)], "mean", full=True)) for g, p in trainer.rows.split([0, 5, 10, 15])
-        ]
-        trainer.rows.restrict(looks)
-        for group, places, full in looks:
-            part = group.look(places, group.before[group.tokens(places)], "mean", full=False)
+        parts = unmoved(trainer.rows, [0, 5, 10, 15])
+        looks = look_at(parts, "mean", full=True)
+        trainer.rows.restrict([(group, places, look) for (group, places, _), look in zip(parts, looks, strict=True)])
+        for part, full in zip(look_at(parts, "mean", full=False), looks, strict=True):
             torch.testing.assert_close(part.nll, full.nll, rtol=1e-3, atol=1e-4)
 
 
@@ -217,7 +220,12 @@ class TestSettling:
     def watched(self, monkeypatch):
         """What is settled, in order, and the trainers that did it."""
         settle, settled, run, trainers = Trainer._settle, [], Trainer.run, []
-        monkeypatch.setattr(Trainer, "_settle", lambda self, edits: settled.append(list(edits)) or settle(self, edits))
+
+        def settling(self, edits, *active):
+            settled.append(list(edits))
+            settle(self, edits, *active)
+
+        monkeypatch.setattr(Trainer, "_settle", settling)
         monkeypatch.setattr(Trainer, "run", lambda self: trainers.append(self) or run(self))
         return settled, trainers
 
@@ -266,7 +274,8 @@ class TestSettling:
         editor = make_editor(FACTS[:1])
         shard = editor._state.shard
         trainer = make_trainer(editor, FACTS[1:3], shard.memory.values, shard.p)
-        trainer._settle([0])
+        trainer._begin_anew([0, 1])
+        trainer._settle([0], [1])
         trainer._settle([1])
         after = trainer.p
         torch.testing.assert_close(trainer.quiet.features, trainer.quiet.selected @ after, rtol=1e-3, atol=1e-4)
@@ -278,6 +287,19 @@ class TestSettling:
         torch.testing.assert_close(trainer.quiet.features, trainer.quiet.selected @ trainer.p)
         trainer._release([1])
         assert torch.equal(trainer.p, shard.p) and not trainer.absorbed
+
+    def test_what_goes_on_is_protected_from_what_is_settled(self):
+        trainer = make_trainer(make_editor(), FACTS[:2], p=torch.eye(round(0.6 * D_FF)))
+        trainer._begin_anew([0, 1])
+        trainer.z += 0.1 * torch.randn(trainer.z.shape, generator=torch.Generator().manual_seed(3))
+        trainer._settle([0], [1])
+        assert torch.equal(trainer.origin, torch.eye(len(trainer.p)))
+        for group, places in trainer.rows.split(trainer.rows.numbers([1])):
+            tokens = group.tokens(places)
+            selected = group.selected[tokens]
+            torch.testing.assert_close(group.features[tokens], selected @ trainer.p, rtol=1e-3, atol=1e-4)
+            expected = trainer.memory.respond(selected)
+            torch.testing.assert_close(group.before[tokens], expected, rtol=1e-3, atol=1e-4)
 
     def test_without_protection_a_batch_ends_together(self, monkeypatch):
         """Nothing is called fitted that later steps of its batch have undone."""
@@ -317,13 +339,13 @@ class TestStopping:
         whole = Likely.of
         monkeypatch.setattr(training, "WHOLE_VOCABULARY", 16)
         monkeypatch.setattr(Likely, "of", classmethod(lambda cls, *given: whole(*given, 6)))
-        seen, replay = [], type(make_editor().tail).replay
+        seen, replay = [], type(make_editor().tail).replay_all
 
-        def watched(self, capture, y, positions, head=None):
+        def watched(self, parts, head=None):
             seen.append(260 if head is None else len(head[0]))
-            return replay(self, capture, y, positions, head)
+            return replay(self, parts, head)
 
-        monkeypatch.setattr("wise_fast.tail.Tail.replay", watched)
+        monkeypatch.setattr("wise_fast.tail.Tail.replay_all", watched)
         editor = make_editor(FACTS)
         assert min(seen) < 150 and 260 in seen
         assert all(r.success for r in editor.edits)

@@ -41,18 +41,21 @@ def only_others():
 
 def fail_for(monkeypatch, letter, value, calls=0):
     """After `calls` calls, the tail gives these logits, or a NaN gradient, for sequences that hold this letter."""
-    replay, done = Tail.replay, []
+    replay, done = Tail.replay_all, []
 
-    def poisoned(self, capture, y, positions, *rest):
-        made = replay(self, capture, y, positions, *rest)
+    def held(capture, _, positions):
+        found = (capture.input_ids == tiny_tokenizer(bos=False)(letter)["input_ids"][0]).any(1)
+        return found[positions // capture.input_ids.shape[1]]
+
+    def poisoned(self, parts, *rest):
+        made = replay(self, parts, *rest)
         done.append(None)
-        bad = (capture.input_ids == tiny_tokenizer(bos=False)(letter)["input_ids"][0]).any(1)
-        bad = bad[positions // capture.input_ids.shape[1]][:, None].expand_as(made)
+        bad = torch.cat([held(*part) for part in parts])[:, None].expand_as(made)
         if len(done) > calls and value == "gradient":
             return made.masked_scatter(bad, made[bad] + (0 * made[bad]).sqrt())
         return made if len(done) <= calls else made.masked_fill(bad, value)
 
-    monkeypatch.setattr(Tail, "replay", poisoned)
+    monkeypatch.setattr(Tail, "replay_all", poisoned)
 
 
 class TestBadInput:
@@ -198,7 +201,7 @@ class TestInterrupts:
         assert [r.edit for r in editor.edits] == list(FACTS[:2])
         assert same(logits(editor.model), logits(make_editor(FACTS[:2], batch_size=2).model))
 
-    @pytest.mark.parametrize("when", ["prefixes", "capture", "replay"])
+    @pytest.mark.parametrize("when", ["prefixes", "capture", "replay_all"])
     def test_inside_the_model(self, editor, monkeypatch, when):
         if when == "prefixes":
             editor = make_editor()

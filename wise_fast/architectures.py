@@ -39,7 +39,7 @@ class Architecture:
         d_out: its outputs, the width of the residual stream.
         family: `config.model_type`, for messages and saved directories.
         context: longest input in tokens, or None when the config does not say.
-        last_ffn: dotted name of the last layer's FFN, a module that treats every token by itself; None where there is
+        ffns: dotted names of the layers' FFNs, modules that treat every token by itself; None of a layer where there is
             no such module, or the edited projection is in it.
     """
 
@@ -52,7 +52,7 @@ class Architecture:
     d_out: int
     family: str
     context: int | None
-    last_ffn: str | None = None
+    ffns: tuple[str | None, ...] = ()
 
     @property
     def holder(self) -> tuple[str, str]:
@@ -129,7 +129,7 @@ def find_architecture(model: nn.Module, layer: int | None = None) -> Architectur
         d_out=d_out,
         family=config.model_type,
         context=getattr(config, "max_position_embeddings", None),
-        last_ffn=None if layer == len(layers) - 1 else _tokenwise_ffn(model, layers[-1], calls, names),
+        ffns=_tokenwise_ffns(model, [names[m] for m in layers], layer, names[projection]),
     )
 
 
@@ -233,12 +233,21 @@ def _find_projection(model: nn.Module, layer: nn.Module, calls: dict[nn.Module, 
     return last
 
 
-def _tokenwise_ffn(model, layer: nn.Module, calls, names) -> str | None:
-    """What holds the layer's value projection, if it is a module that gives each token what it gives alone."""
-    name = names[_find_projection(model, layer, calls)].rpartition(".")[0]
-    ffn = model.get_submodule(name)
-    if ffn is layer:
-        return None
+def _tokenwise_ffns(model, layers: list[str], layer: int, projection: str) -> tuple[str | None, ...]:
+    """What stands where the edited layer holds its value projection, if it gives each token what it gives alone.
+
+    One module of each class is asked, not the edited one.
+    """
+    inside = projection.removeprefix(layers[layer]).rpartition(".")[0]
+    names = [name + inside for name in layers]
+    modules = dict(model.named_modules())
+    found = [modules.get(name) if inside and i != layer else None for i, name in enumerate(names)]
+    alone = {kind: _is_tokenwise(model, module) for kind, module in {type(m): m for m in found if m}.items()}
+    return tuple(name if alone.get(type(module)) else None for name, module in zip(names, found, strict=True))
+
+
+def _is_tokenwise(model, ffn: nn.Module) -> bool:
+    """Whether a module gives each token of three what it gives the token alone."""
     weight = next(ffn.parameters())
     width = model.get_input_embeddings().weight.shape[1]
     x = torch.linspace(-1, 1, 3 * width, device=weight.device, dtype=weight.dtype).sin().view(1, 3, width)
@@ -246,10 +255,9 @@ def _tokenwise_ffn(model, layer: nn.Module, calls, names) -> str | None:
         with torch.no_grad(), evaluating(model):
             together, alone = ffn(x), torch.cat([ffn(x[:, i : i + 1]) for i in range(3)], 1)
     except (TypeError, ValueError, RuntimeError, IndexError):
-        return None
+        return False
     same = isinstance(together, Tensor) and together.shape == x.shape == alone.shape
-    near = same and (together - alone).abs().max() <= 64 * torch.finfo(weight.dtype).eps * together.abs().max()
-    return name if near else None
+    return same and bool((together - alone).abs().max() <= 64 * torch.finfo(weight.dtype).eps * together.abs().max())
 
 
 @contextmanager

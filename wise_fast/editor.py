@@ -103,6 +103,12 @@ class WiseEditor(Material, Sharing):
                 advance(count)
         return [reports[i] for i in range(len(given))]
 
+    @torch.inference_mode(False)
+    @in_turn
+    def prepare(self) -> None:
+        """Ask the model now what the first edit would ask it, once an editor: prefixes, unrelated texts, the unit."""
+        _ = self._prefix_tokens, self._quiet_pool, self.unit, self.tail.axes
+
     def check(self, edits: Iterable[Edit]) -> None:
         """Raise EditDataError, as `edit` would, if one of these edits cannot be learned."""
         for place, edit in enumerate(rendered(self.tokenizer, edits)):
@@ -149,7 +155,8 @@ class WiseEditor(Material, Sharing):
                 tokens.pad_token(self.tokenizer),
             )
             try:
-                fit = trainer.run()
+                with self.tail.evaluating():
+                    fit = trainer.run()
             except training.EditDiverged as error:
                 logger.warning("edit %r diverged and is left out", edits[alive[error.edit]].prompt)
                 del alive[error.edit]

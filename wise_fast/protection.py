@@ -23,19 +23,20 @@ def absorb(p: Tensor, a: Tensor, strength: float) -> Tensor:
 
     `strength` is lambda in units of the mean of `a P a^T` over the tokens, so it falls as the columns fill.
     """
-    half = gain(p, weighted(p, a, strength))
+    pa = a @ p
+    scale = weight(a, pa, strength)
+    half = gain(scale * pa, scale * a)
     return torch.addmm(p, half.t(), half, alpha=-1.0)
 
 
-def weighted(p: Tensor, a: Tensor, strength: float) -> Tensor:
-    """`a / sqrt(lambda)` [N, K], which holds all that `P` takes from these activations: lambda is 1 for them."""
-    scale = strength * ((a @ p) * a).sum(-1).mean().clamp_min(torch.finfo(p.dtype).tiny)
-    return a / scale.sqrt()
+def weight(a: Tensor, pa: Tensor, strength: float) -> Tensor:
+    """What activations `a` [N, K] with products `pa = a P` are multiplied by to hold all that `P` takes from them:
+    `1 / sqrt(lambda)`, lambda being 1 for the result."""
+    return (strength * (pa * a).sum(-1).mean().clamp_min(torch.finfo(a.dtype).tiny)).rsqrt()
 
 
-def gain(p: Tensor, a: Tensor) -> Tensor:
-    """`H` [N, K] such that `P - H^T H` is the matrix once `a` [N, K], `weighted`, has been written."""
-    pa = a @ p
+def gain(pa: Tensor, a: Tensor) -> Tensor:
+    """`H` [N, K] such that `P - H^T H` is the matrix once `a` [N, K], weighted, has been written; `pa = a P`."""
     gram = pa @ a.t()
     gram.diagonal().add_(1.0)
     return torch.linalg.solve_triangular(torch.linalg.cholesky(gram), pa, upper=False)

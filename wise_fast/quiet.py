@@ -24,6 +24,7 @@ class Quiet:
             response [n, d_out] of what is written.
         score: [count] of each text when last looked at, over what it may reach, so that alpha is the margin of all.
         margin: alpha in units of scores.
+        known: response of all tokens if it was looked at since the last step; settling and writing leave it as it is.
     """
 
     def __init__(self, texts: Texts, memory: SideMemory, p: Tensor | None, config: WiseConfig, unit: float):
@@ -31,6 +32,7 @@ class Quiet:
         self.selected, self.before = memory.select(texts.a), memory.respond(memory.select(texts.a))
         self.protect(p)
         self.score = texts.limit.new_zeros(len(texts.names))
+        self.known: Tensor | None = None
         self._reduce = objective.row_max if config.reduction == "max" else objective.row_mean
 
     def protect(self, p: Tensor | None) -> None:
@@ -52,6 +54,7 @@ class Quiet:
         """Tokens of the texts whose margins have a gradient in this step, and their response, to train."""
         watched = self._watched(step)
         tokens, response = self._look(watched, memory, z)
+        self.known = None
         # The loudest counts in every edit's gap.
         least = self.score[watched].max().clamp_max(self.margin) if len(tokens) else self.margin
         loud = (self.score >= least)[self.texts.text[tokens]]
@@ -60,7 +63,7 @@ class Quiet:
     @torch.no_grad()
     def hushed(self, memory: SideMemory, z: Tensor) -> bool:
         """Whether all texts are quiet under what is written so far."""
-        self._look(torch.ones_like(self.score, dtype=torch.bool), memory, z)
+        _, self.known = self._look(torch.ones_like(self.score, dtype=torch.bool), memory, z)
         return bool((self.score <= _HUSH * self.margin).all())
 
     def scores(self, response: Tensor, tokens: Tensor) -> Tensor:
@@ -71,7 +74,10 @@ class Quiet:
     def _look(self, watched: Tensor, memory: SideMemory, z: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens of these texts and their response."""
         tokens = watched[self.texts.text].nonzero()[:, 0]
-        response = self.before[tokens] + memory.respond(self.features[tokens], z)
+        if self.known is None:
+            response = self.before[tokens] + memory.respond(self.features[tokens], z)
+        else:
+            response = self.known[tokens]
         self.score = torch.where(watched, self.scores(response, tokens), self.score)
         return tokens, response
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wise_fast import objective
 from wise_fast.memory import SideMemory
-from wise_fast.tail import Tail
+from wise_fast.tail import Capture, Tail
 from wise_fast.tokens import Batch, Example, collate
 from wise_fast.vocabulary import Likely
 
@@ -40,6 +40,22 @@ class Look:
     right: Tensor
     logits: Tensor
     labels: Tensor
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels of some rows of a group.
+
+    Attributes:
+        chosen, row, positions: [M], their places in the group's labels, their rows, and their places in the rows'
+            tokens.
+        full: whether their logits are over the whole vocabulary.
+    """
+
+    chosen: Tensor
+    row: Tensor
+    positions: Tensor
+    full: bool
 
 
 class Group:
@@ -70,6 +86,13 @@ class Group:
         self.features[tokens] = selected if p is None else selected @ p
         self.before[tokens] = memory.respond(selected)
 
+    def settle(self, places: Sequence[int], half: Tensor, kept: Tensor) -> None:
+        """The same where since these rows' `begin` `P` has lost `H^T H`, and the memory has taken `H^T kept`."""
+        tokens = self.tokens(places)
+        shares = self.selected[tokens] @ half.t()
+        self.features[tokens] = torch.addmm(self.features[tokens], shares, half, alpha=-1.0)
+        self.before[tokens] = torch.addmm(self.before[tokens], shares, kept)
+
     @property
     def length(self) -> int:
         """Tokens of a row, padding included."""
@@ -98,32 +121,34 @@ class Group:
         tokens = self.tokens([place])
         return self.selected[tokens[self.batch.prompt_mask.flatten()[tokens]]]
 
-    def look(self, places: Sequence[int], response: Tensor, reduction: str, full: bool) -> Look:
-        """Replay these rows with the side response of their `tokens`; `full`: over the whole vocabulary."""
-        index, width = torch.tensor(places, device=response.device), self.width(places)
-        capture = self.capture.rows(index, width)
-        chosen, row, positions = self._labels(index, width)
-        y = (capture.main.float() + response).to(capture.main.dtype)
-        if full or self.likely is None:
-            labels = self.batch.labels[chosen]
-            logits = self.tail.replay(capture, y, positions)
-            nll = objective.token_nll(logits, labels)
+    def replay(self, places: Sequence[int], response: Tensor, labels: Labels) -> tuple[Capture, Tensor, Tensor]:
+        """What `Tail.replay_all` wants of these rows, given the side response of their `tokens`."""
+        capture = self.capture.rows(torch.tensor(places, device=response.device), self.width(places))
+        return capture, (capture.main.float() + response).to(capture.main.dtype), labels.positions
+
+    def judge(self, places: Sequence[int], response: Tensor, labels: Labels, logits: Tensor, reduction: str) -> Look:
+        """What a replay said of these rows."""
+        chosen, row, count = labels.chosen, labels.row, len(places)
+        if labels.full:
+            wanted = self.batch.labels[chosen]
+            nll = objective.token_nll(logits, wanted)
         else:
-            labels = self.likely.places[chosen]
-            logits = self.tail.replay(capture, y, positions, self.head)
-            nll = objective.restricted_nll(logits, labels, self.likely.rest[chosen])
-        count = len(places)
-        right = objective.row_mean((logits.argmax(-1) == labels).float(), row, count) > 0.999
-        score = objective.scores(response, self.batch.prompt_mask[index, :width], reduction)
+            wanted = self.likely.places[chosen]
+            nll = objective.restricted_nll(logits, wanted, self.likely.rest[chosen])
+        right = objective.row_mean((logits.argmax(-1) == wanted).float(), row, count) > 0.999
+        mask = self.batch.prompt_mask[torch.tensor(places, device=response.device), : self.width(places)]
+        score = objective.scores(response, mask, reduction)
         return Look(objective.row_mean(nll, row, count), score, right, logits, chosen)
 
-    def _labels(self, index: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Labels of these rows: places in the group's labels, their row, and their position in the rows' tokens."""
+    def labels(self, places: Sequence[int], full: bool) -> Labels:
+        """Of these rows; all of the vocabulary also where no part of it was chosen."""
+        index, width = torch.tensor(places, device=self.selected.device), self.width(places)
         place = torch.full((len(self.numbers),), -1, device=index.device)
         place[index] = torch.arange(len(index), device=index.device)
         chosen = (place[self.batch.row] >= 0).nonzero()[:, 0]
         row = place[self.batch.row[chosen]]
-        return chosen, row, row * width + self.batch.positions[chosen] % self.length
+        positions = row * width + self.batch.positions[chosen] % self.length
+        return Labels(chosen, row, positions, full or self.likely is None)
 
 
 class Rows:
@@ -175,8 +200,15 @@ class Rows:
     def taught(self, edits: Sequence[int]) -> Tensor:
         """[n, K] activations of these edits' prompts and answers in every row, for protection. Prefixes are any text:
         they would take most of the room, and nobody asks for them again."""
+        return torch.cat([group.selected[tokens] for group, tokens in self._taught(edits)])
+
+    def protected(self, edits: Sequence[int]) -> Tensor:
+        """The same protected, as of these edits' last `begin`."""
+        return torch.cat([group.features[tokens] for group, tokens in self._taught(edits)])
+
+    def _taught(self, edits: Sequence[int]) -> list[tuple[Group, Tensor]]:
         parts = [(group, group.tokens(places)) for group, places in self.split(self.numbers(edits))]
-        return torch.cat([group.selected[tokens[group.asked()[tokens]]] for group, tokens in parts])
+        return [(group, tokens[group.asked()[tokens]]) for group, tokens in parts]
 
     def restrict(self, looks: Sequence[tuple[Group, Sequence[int], Look]]) -> None:
         """Let later looks compute the likely tokens alone, given full looks at the bare prompts.
@@ -200,6 +232,20 @@ class Rows:
             rank = torch.arange(len(row), device=row.device) - start[row]
             source = order[first[owner] + torch.minimum(rank, count[owner] - 1)]
             group.likely, group.head = likely.spread(source, group.batch.labels), head
+
+
+def look_at(parts: Sequence[tuple[Group, Sequence[int], Tensor]], reduction: str, full: bool) -> list[Look]:
+    """Replay rows of some groups, given as (group, places, side response of their `tokens`).
+
+    The LM head is asked once for all of them; `full`: over the whole vocabulary.
+    """
+    if not parts:
+        return []
+    tail, head = parts[0][0].tail, None if full else parts[0][0].head
+    labels = [group.labels(places, full) for group, places, _ in parts]
+    replays = [group.replay(places, response, of) for (group, places, response), of in zip(parts, labels, strict=True)]
+    logits = tail.replay_all(replays, head).split([len(of.chosen) for of in labels])
+    return [part[0].judge(*part[1:], *seen, reduction) for part, *seen in zip(parts, labels, logits, strict=True)]
 
 
 def _edits(group: Group, variants: int) -> Tensor:

@@ -2,15 +2,15 @@
 
 `Tail.capture` runs the model's own forward until the projection is reached, keeps what each frozen module before it
 returned, and stops there. `Tail.replay` runs the same forward again, but every such module answers from the tape, the
-projection returns the tensor it is given, and the last layer's FFN and the LM head see label positions only. The
-model's own code does the rest (masks, residuals, later layers, final norm, soft-capping), so no architecture needs a
-tail of its own.
+projection returns the tensor it is given, and the last layer's FFN and the LM head see label positions only. No FFN
+but the edited layer's sees padding. The model's own code does the rest (masks, residuals, later layers, final norm,
+soft-capping), so no architecture needs a tail of its own.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 
@@ -80,6 +80,23 @@ class Tail:
     def __init__(self, model: nn.Module, architecture: Architecture):
         self.model = model
         self.architecture = architecture
+        self._evaluates = False
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Run with the model in eval mode; inside another such block nothing is left to do.
+
+        To walk through all modules takes as long as a layer's forward does.
+        """
+        if self._evaluates:
+            yield
+            return
+        self._evaluates = True
+        try:
+            with evaluating(self.model):
+                yield
+        finally:
+            self._evaluates = False
 
     @torch.no_grad()
     def capture(self, input_ids: Tensor, attention_mask: Tensor) -> Capture:
@@ -107,7 +124,8 @@ class Tail:
         tape: dict[str, list] = {}
         found: list[Tensor] = []
         with ExitStack() as stack:
-            stack.enter_context(evaluating(self.model))
+            stack.enter_context(self.evaluating())
+            self._skip_padding(stack, self.architecture.ffns[: self.architecture.layer], attention_mask)
             for name, module in self._upstream():
                 stack.enter_context(_forward(module, self._recorder(name, module.forward, tape)))
             stack.enter_context(_forward(self._projection(), _stop_at(found)))
@@ -132,18 +150,51 @@ class Tail:
         Returns:
             [M, V] logits, exactly those of a full forward whose projection returned `y`.
         """
+        return self.replay_all([(capture, y, positions)], head)
+
+    def replay_all(self, parts: Sequence[tuple[Capture, Tensor, Tensor]], head: tuple | None = None) -> Tensor:
+        """Logits of several captures' label positions, one behind the other, from one product with the LM head.
+
+        A large head costs its reading, however few the positions are.
+        """
+        module, states = self.model.get_submodule(self.architecture.head), []
+        for part in parts[:-1]:
+            with self._replaying(*part) as stack:
+                stack.enter_context(_forward(module, _stop_at(states)))
+                stack.enter_context(suppress(_Reached))
+                self._run(part[0])
+        forward = module.forward if head is None else lambda h: nn.functional.linear(h, *head)
+        with self._replaying(*parts[-1]) as stack:
+            stack.enter_context(_forward(module, lambda h: forward(torch.cat([*states, h], 1))))
+            return self._run(parts[-1][0]).logits[0]
+
+    @contextmanager
+    def _replaying(self, capture: Capture, y: Tensor, positions: Tensor) -> Iterator[ExitStack]:
+        """Play the tape; the last FFN and the head see label positions alone."""
         with self._playing(capture, y) as stack:
             stack.enter_context(self.head_at(positions))
-            if self.architecture.last_ffn is not None:
-                ffn = self.model.get_submodule(self.architecture.last_ffn)
-                stack.enter_context(_forward(ffn, _at(positions, ffn.forward)))
-            if head is not None:
-                module = self.model.get_submodule(self.architecture.head)
-                stack.enter_context(_forward(module, lambda h: nn.functional.linear(h, *head)))
-            output = self.model(
-                input_ids=capture.input_ids, attention_mask=capture.attention_mask, use_cache=False, return_dict=True
-            )
-        return output.logits[0]
+            *later, last = self.architecture.ffns[self.architecture.layer :]
+            self._skip_padding(stack, later, capture.attention_mask)
+            self._limit(stack, [last], positions)
+            yield stack
+
+    def _skip_padding(self, stack: ExitStack, ffns: Sequence[str | None], attention_mask: Tensor) -> None:
+        """Let these FFNs compute what is not padding, which no token sees."""
+        seen = attention_mask.flatten().nonzero()[:, 0]
+        if len(seen) < attention_mask.numel():
+            self._limit(stack, ffns, seen)
+
+    def _limit(self, stack: ExitStack, ffns: Sequence[str | None], positions: Tensor) -> None:
+        """Let these FFNs compute some of the flattened tokens alone; a layer that has no such module is left out."""
+        for name in filter(None, ffns):
+            ffn = self.model.get_submodule(name)
+            stack.enter_context(_forward(ffn, _at(positions, ffn.forward)))
+
+    def _run(self, capture: Capture):
+        """The model's own forward."""
+        return self.model(
+            input_ids=capture.input_ids, attention_mask=capture.attention_mask, use_cache=False, return_dict=True
+        )
 
     @torch.no_grad()
     def normalizes(self, capture: Capture) -> bool:
@@ -163,7 +214,7 @@ class Tail:
         with self._playing(capture, y) as stack:
             stack.callback(layer.register_forward_hook(leave).remove)
             stack.enter_context(suppress(_Reached))
-            self.model(input_ids=capture.input_ids, attention_mask=capture.attention_mask, use_cache=False)
+            self._run(capture)
         return found[0].float()
 
     @contextmanager
@@ -171,7 +222,7 @@ class Tail:
         """Let the frozen modules answer from the tape and the projection return `y` [B*T, d_out]."""
         y = y.view(*capture.shape, y.shape[-1])
         with ExitStack() as stack:
-            stack.enter_context(evaluating(self.model))
+            stack.enter_context(self.evaluating())
             for name, calls in capture.tape.items():
                 module = self.model.get_submodule(name)
                 stack.enter_context(_forward(module, _player(calls, module.forward)))
@@ -285,7 +336,7 @@ def _at(positions: Tensor, forward: Callable) -> Callable:
 
 def _stop_at(found: list[Tensor]) -> Callable:
     def stop(a: Tensor):
-        found.append(a.detach())
+        found.append(a)
         raise _Reached
 
     return stop

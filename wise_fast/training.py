@@ -17,9 +17,9 @@ import wise_kernels as kernels
 from wise_fast import objective
 from wise_fast.config import WiseConfig
 from wise_fast.memory import SideMemory
-from wise_fast.protection import gain, weighted
+from wise_fast.protection import gain, weight
 from wise_fast.quiet import Quiet
-from wise_fast.rows import Group, Look, Rows
+from wise_fast.rows import Group, Look, Rows, look_at
 from wise_fast.tail import Tail
 from wise_fast.texts import Texts
 from wise_fast.tokens import Example
@@ -95,9 +95,9 @@ class Trainer:
         self.z = torch.zeros_like(memory.values)
         self._begin_anew([])
 
-    def _begin_anew(self, edits: Sequence[int]) -> None:
-        """Begin to train these edits from what is written by now: no moments."""
-        for group, places in self.rows.split(self.rows.numbers(edits)):
+    def _begin_anew(self, entering: Sequence[int]) -> None:
+        """Begin to train from what is written by now, these edits for the first time: no moments."""
+        for group, places in self.rows.split(self.rows.numbers(entering)):
             group.begin(places, self.memory, self.p)
         self.since = 0
         buffers = 2 if self.config.optimizer == "adam" else int(self.config.momentum > 0)
@@ -144,10 +144,10 @@ class Trainer:
         while waiting or active or ended:
             if not active or (self.p is not None and 2 * len(ended) >= wave):
                 if ended:
-                    self._settle(ended)
+                    self._settle(ended, active)
                 entering = waiting[: wave - len(active)]
                 active, waiting, ended = active + entering, waiting[len(entering) :], []
-                self._begin_anew(active)
+                self._begin_anew(entering)
                 continue
             self._step(active, self._draw(active))
             for edit in active:
@@ -164,21 +164,33 @@ class Trainer:
             claiming = []
         return [e for e in active if e in claiming or steps[e] >= config.max_steps]
 
-    def _settle(self, edits: Sequence[int]) -> None:
-        """Protect these edits from what is learned next.
+    def _settle(self, edits: Sequence[int], active: Sequence[int] = ()) -> None:
+        """Protect these edits from what is learned next, by the active ones too.
 
         `P` becomes `P - H^T H`. The memory takes what that takes from `P z`, so `z` goes on and is multiplied by all of
         `P` once, in `_write`.
         """
         if self.p is None:
             return
+        products = []
         for edit in edits:
-            self.absorbed[edit] = weighted(self.p, self.rows.taught([edit]), self.config.protect_lambda)
-        half = gain(self.p, torch.cat([self.absorbed[edit] for edit in edits]))
+            a, pa = self.rows.taught([edit]), self.rows.protected([edit])
+            scale = weight(a, pa, self.config.protect_lambda)
+            self.absorbed[edit] = scale * a
+            products.append(scale * pa)
+        half = gain(torch.cat(products), torch.cat([self.absorbed[edit] for edit in edits]))
         kept = half @ self.z
         self.memory = self.memory.replace(values=torch.addmm(self.memory.values, half.t(), kept))
-        self.p = torch.addmm(self.p, half.t(), half, alpha=-1.0)
+        self._absorb(half)
         self.quiet.settle(half, kept)
+        for group, places in self.rows.split(self.rows.numbers(active)):
+            group.settle(places, half, kept)
+
+    def _absorb(self, half: Tensor) -> None:
+        """`P` loses `H^T H`; the one before the batch stays as it is."""
+        if self.p is self.origin:
+            self.p = self.p.clone()
+        self.p.addmm_(half.t(), half, alpha=-1.0)
 
     def _write(self) -> None:
         """Fold the delta into the memory."""
@@ -192,8 +204,8 @@ class Trainer:
         self.absorbed = {edit: a for edit, a in self.absorbed.items() if edit not in edits}
         self.p = self.origin
         if kept:
-            half = gain(self.p, torch.cat(kept))
-            self.p = torch.addmm(self.p, half.t(), half, alpha=-1.0)
+            a = torch.cat(kept)
+            self._absorb(gain(a @ self.p, a))
         self.quiet.protect(self.p)
 
     def _draw(self, active: list[int]) -> list[int]:
@@ -238,17 +250,16 @@ class Trainer:
         features = [self.quiet.features[quiet_tokens]]
         margin_weight, reduction = self.config.margin_weight, self.config.reduction
         losses, inputs = quiet.new_zeros(self.count), []
+        parts = [(g, places, self._response(g, places).requires_grad_()) for g, places in self.rows.split(rows)]
         drawn = torch.bincount(torch.tensor(rows) // self.variants, minlength=self.count).to(quiet.device)
-        for group, places in self.rows.split(rows):
-            response = self._response(group, places).requires_grad_()
-            look = group.look(places, response, reduction, full=False)
-            margin = objective.edit_margin(look.score, self.config, self.unit)
-            margin = margin + objective.gap_margin(look.score, loudest, self.config, self.unit)
+        for (group, places, response), seen in zip(parts, look_at(parts, reduction, full=False), strict=True):
+            margin = objective.edit_margin(seen.score, self.config, self.unit)
+            margin = margin + objective.gap_margin(seen.score, loudest, self.config, self.unit)
             edit = torch.tensor([group.numbers[i] for i in places], device=quiet.device) // self.variants
-            losses = losses.index_add(0, edit, (look.nll + margin_weight * margin) / drawn[edit])
+            losses = losses.index_add(0, edit, (seen.nll + margin_weight * margin) / drawn[edit])
             inputs.append((edit, response))
             features.append(group.features[group.tokens(places)])
-            self._note(group, places, look)
+            self._note(group, places, seen)
         total = losses.sum() + margin_weight * objective.irrelevant_margin(quiet_score, self.config, self.unit).sum()
         gradients = torch.autograd.grad(total, [quiet, *(response for _, response in inputs)])
         # A gradient can overflow where its loss does not, and would spoil the values that all edits share.
@@ -307,11 +318,10 @@ class Trainer:
 
     def _look(self, numbers: Sequence[int], full: bool) -> list[tuple[Group, list[int], Look]]:
         """These rows under what the memory holds."""
-        found = []
-        for group, places in self.rows.split(numbers):
-            response = self.memory.respond(group.selected[group.tokens(places)])
-            found.append((group, places, group.look(places, response, self.config.reduction, full)))
-        return found
+        split = self.rows.split(numbers)
+        parts = [(g, places, self.memory.respond(g.selected[g.tokens(places)])) for g, places in split]
+        looks = look_at(parts, self.config.reduction, full)
+        return [(group, places, seen) for (group, places), seen in zip(split, looks, strict=True)]
 
     def _restrict(self, looks: Sequence[tuple[Group, list[int], Look]]) -> None:
         if looks[0][2].logits.shape[1] > WHOLE_VOCABULARY:
