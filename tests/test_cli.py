@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import wise_fast
 from tests.tiny import tiny_model, tiny_tokenizer
-from wise_fast import actions, display
+from wise_fast import WiseConfig, actions, display
 from wise_fast.commands import app
 from wise_fast.data import Edit, demo_edits
 from wise_fast.editor import WiseEditor
@@ -254,7 +254,8 @@ class TestEdit:
 
 
 class TestDemo:
-    def test_json(self, model):
+    def test_json(self, model, monkeypatch):
+        monkeypatch.setattr("wise_fast.commands.build_config", lambda *_, **__: WiseConfig(max_steps=1))
         found = run_json("demo", "-m", model, "-n", 2, "--seed", 1)
         assert [row["kind"] for row in found["answers"]] == ["prompt", "paraphrase", "unrelated"] * 2
         assert found["metrics"]["locality"] is not None and found["summary"]["edits"] == 2

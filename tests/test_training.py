@@ -179,6 +179,11 @@ class TestRows:
         assert drop_words("tower of Pisa", 0.5, generator, "tower of Pisa") == "tower of Pisa"
         assert drop_words("who built it", 0.0, generator) == "who built it"
 
+    def test_without_a_subject_what_may_be_one_stays(self):
+        generator = torch.Generator().manual_seed(0)
+        made = {drop_words("The river of Lima in 1911 is", 0.9, generator) for _ in range(30)}
+        assert all({"The", "Lima", "1911"} <= set(text.split()) for text in made) and len(made) > 3
+
     def test_a_variant_like_another_is_left_out(self):
         trainer = make_trainer(make_editor(prefixes=1, dropped=2, drop_rate=0.0), FACTS)
         assert trainer.rows.variants == 4 and trainer.rows.numbers([1, 2]) == [4, 5, 8, 9]

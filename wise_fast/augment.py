@@ -39,14 +39,18 @@ def sample_texts(model: nn.Module, tokenizer, lengths: Sequence[int], generator:
 
 
 def drop_words(text: str, rate: float, generator: torch.Generator, keep: str | None = None) -> str:
-    """`text` without a random share of its words; the words of `keep` (the subject) always stay.
+    """`text` without a random share of its words; the words of `keep` (the subject) always stay. Where nobody says what
+    that is, words with a capital or a digit stay: without its subject an edit contradicts all others of its form.
 
     Paraphrases share a prompt's content words, not its wording, so an edit that holds without some of the wording
     holds for more of them. Unless the rate is 0, one word at least goes if it may: the text as it is is no other row.
     """
-    words, kept_words = text.split(), set((keep or "").split())
-    draws = torch.rand(len(words), generator=generator).tolist()
-    free = sorted((draw, place) for place, draw in enumerate(draws) if words[place].strip("?.,!'s") not in kept_words)
+    words, draws = text.split(), torch.rand(len(text.split()), generator=generator).tolist()
+    if keep:
+        stay = [word.strip("?.,!'s") in keep.split() for word in words]
+    else:
+        stay = [any(c.isupper() or c.isdigit() for c in word) for word in words]
+    free = sorted((draw, place) for place, draw in enumerate(draws) if not stay[place])
     gone = {place for draw, place in free if draw < rate} or {place for _, place in free[:1] if rate}
     return " ".join(word for place, word in enumerate(words) if place not in gone) or text
 

@@ -25,7 +25,6 @@ from wise_fast.texts import Texts
 from wise_fast.tokens import Example
 from wise_fast.vocabulary import WHOLE_VOCABULARY
 
-_ROUNDS = 3  # of training and judging a batch
 _LOUD = 0.95  # share of beta that an edit's score must reach
 _SLACK = 1.5  # what the NLL may be, in what an edit stops at, once the whole vocabulary is looked at
 
@@ -122,14 +121,13 @@ class Trainer:
         Raises:
             EditDiverged: an edit's loss is NaN or infinite.
         """
-        first, todo, rounds = self._begin(), list(range(self.count)), 0
-        while todo and rounds < _ROUNDS:
-            if rounds and self.p is not None:
+        first, todo = self._begin(), list(range(self.count))
+        while todo:
+            if self.absorbed:
                 self._release(todo)
             self._train(todo)
             last, fine = self._verify()
             todo = [e for e in range(self.count) if not fine[e] and self.steps[e] < self.config.max_steps]
-            rounds += 1
         keys = [self.rows.key(edit) for edit in range(self.count)]
         return Fit(self.memory.values, self.p, keys, self.steps, first, last, fine)
 
