@@ -35,8 +35,8 @@ class WiseConfig:
         min_steps: steps before an edit may stop.
         nll: an edit stops once its target's mean token NLL, over prompt and augmented prompts, is at most this, and
             holds if it is at most 1.5 times this when the batch is judged (on the bare prompt over the whole
-            vocabulary, on the others over its likely part); 0 never stops early (a fixed number of steps, as in the
-            paper).
+            vocabulary, on the others over its likely part; less than 0.05 counts as that); 0 never stops early (a fixed
+            number of steps, as in the paper).
         prefixes, prefix_tokens: augmentation texts that the model generates itself, and their length.
         dropped, drop_rate: augmented prompts that lack a random share of their words (never the subject's).
         prefixes_per_step: how many augmented prompts each step draws beside the bare one, or of the longer ones alone

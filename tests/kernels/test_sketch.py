@@ -4,7 +4,7 @@ nowhere else, and a sketch errs as seldom as its bound says.
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from kernel_banks import WIDTH, generator, neuron_bank, normal
 from tolerances import DTYPES, assert_fp32
@@ -45,6 +45,14 @@ def case(sizes, batch, tokens, seed=0, dtype=torch.float32, spread=1.0):
     return (a, values, columns, bounds, sketched, mask, thresholds), norms
 
 
+def decided_by_rounding(ratios, error):
+    """Whether a score is its threshold but for so large an error, or the two largest are one another."""
+    ratios = ratios.nan_to_num(0.0)
+    largest = ratios.topk(min(2, ratios.shape[1])).values
+    tied = len(largest[0]) == 2 and (largest[:, 0] - largest[:, 1] < error * largest[:, 0]).any()
+    return bool(tied or ((ratios - 1).abs() < error).any())
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_choices_are_those_of_exact_norms(form):
     @settings(max_examples=12)
@@ -57,9 +65,11 @@ def test_choices_are_those_of_exact_norms(form):
         arguments, norms = case(sizes, batch, tokens, seed, dtype, spread)
         rng = generator(seed)
         leverage = torch.rand(len(sizes), batch * tokens, generator=rng) if leveraged else None
-        scores, choice = form(*arguments, WITHIN, leverage, reduction)
         mask, thresholds = arguments[-2:]
-        assert torch.equal(choice, route(norms, mask, thresholds, leverage, reduction)[1])
+        exact, chosen = route(norms, mask, thresholds, leverage, reduction)
+        assume(not decided_by_rounding(exact / thresholds, 1e-2 if dtype == torch.bfloat16 else 2e-3))
+        scores, choice = form(*arguments, WITHIN, leverage, reduction)
+        assert torch.equal(choice, chosen)
         a, values, columns, bounds, sketched = arguments[:5]
         dense = [reference.dense_neuron(v, columns, bounds, WIDTH) for v in (values, sketched)]
         expected = reference.sketched_route(a, *dense, WITHIN, mask, thresholds, leverage, reduction)
