@@ -88,7 +88,7 @@ class TestCommand:
             (["--out", "{new}", "--edits", "{edits}", "--T", "11"], "only 10 edits"),
             (["--out", "{new}", "--edits", "{edits}", "--task", "maths"], "temporal"),
             (["--out", "{new}", "--edits", "{edits}", "--mode", "melt"], "retrieve"),
-            (["--out", "{new}", "--edits", "{edits}", "--mode", "merge"], "shard_size"),
+            (["--out", "{new}", "--edits", "{edits}", "--mode", "merge", "--set", "shard_size=null"], "shard_size"),
             (["--out", "{new}", "--edits", "{edits}", "--set", "lrr=1"], "did you mean 'lr'"),
             (["--out", "{new}", "--edits", "{edits}", "--evaluate-at", "often"], "evaluate_at"),
         ],

@@ -79,9 +79,9 @@ def merge_by_covariance(memories: Sequence[SideMemory], config: WiseConfig) -> t
     values = torch.linalg.solve(information + _RIDGE * before, torch.stack([c @ d for c, d in parts]).sum(0))
     keys = _sampled([key for m in known for key in m.taught.keys])
     merged = first.replace(
-        values=storable(values.float()),
+        values=storable(values.float().contiguous()),
         edits=tuple(e for m in known for e in m.edits),
-        taught=Taught(information.float(), origin, keys),
+        taught=Taught(information.float().contiguous(), origin, keys),
     )
     p = torch.linalg.inv(information + before).float()
     merged, _ = calibrated(merged, p, keys, (), config)
@@ -91,7 +91,8 @@ def merge_by_covariance(memories: Sequence[SideMemory], config: WiseConfig) -> t
 def _taught(shard: Shard, holds: set[int]) -> Taught:
     information = torch.linalg.inv(shard.p.double()) - torch.linalg.inv(shard.origin.double())
     keys = [key for key in shard.keys if key[0] in holds] or list(shard.keys)
-    return Taught(information.float(), shard.origin, _sampled(keys))
+    # An inverse comes by columns, and sums over those round otherwise than over what a checkpoint gives back.
+    return Taught(information.float().contiguous(), shard.origin, _sampled(keys))
 
 
 def _sampled(keys: Keys) -> tuple[tuple[int, Tensor], ...]:
