@@ -96,7 +96,7 @@ class WiseConfig:
     margin_weight: float = 10.0
     units: str = "relative"
     act_ratio: float = 0.9
-    z_ratio: float = 0.44
+    z_ratio: float = 0.36
     protect: bool = True
     protect_lambda: float = 1.0
     protect_irrelevant: float | None = 0.3
