@@ -110,9 +110,9 @@ class TestReports:
         assert report.loss < report.loss_before and choices(editor, [FIRST.prompt]) == [0]
 
     def test_a_failed_edit_does_not_lower_the_threshold(self):
-        editor = make_editor([FIRST])
+        editor = make_editor([FIRST], z_ratio=0.6)
         before = editor.memories[0]
-        editor.config = QUICK.replace(max_steps=1, lr=0.01)
+        editor.config = QUICK.replace(max_steps=1, lr=0.01, z_ratio=0.6)
         (report,) = editor.edit(FACTS[1])
         assert not report.success and report.score < before.z_threshold
         assert editor.memories[0].threshold > 0.8 * before.threshold
