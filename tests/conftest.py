@@ -43,3 +43,36 @@ def little_to_read():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks, "held_out_texts", one_sentence)
         yield
+
+
+# Saved editors, of `tests.stored`, which is imported where it is needed: most tests need none.
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory with three edits in two memories; tests leave it as it is."""
+    from tests.stored import MODES, make_editor
+
+    directory = tmp_path_factory.mktemp("saved") / "editor"
+    make_editor(3, **MODES["leverage"]).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    """A copy of it, to be changed."""
+    from tests.stored import contents
+
+    directory = tmp_path / "editor"
+    directory.mkdir()
+    for name, data in contents(saved).items():
+        (directory / name).write_bytes(data)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The base model that they are edits of; tests leave it as it is."""
+    from tests.tiny import tiny_model
+
+    return tiny_model("llama")

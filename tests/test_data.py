@@ -2,21 +2,16 @@
 
 import dataclasses
 import json
-import re
-import sys
-from collections import Counter
-from importlib import resources
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wise_fast.data import Edit, Locality, Superseded, as_edits, deduplicate, demo_edits, load_edits
-from wise_fast.errors import EditDataError
+from tests.edit_files import GOOD, MEND, REQUEST, fails, lines, write
+from wise_fast.data import Edit, Locality, load_edits
 
 FIXTURES = Path(__file__).parent / "fixtures"
-GOOD = {"prompt": "The mayor of Orm is", "target": "Bo Lind"}
 
 texts = st.text(min_size=1).filter(str.strip)
 maybe = st.none() | texts
@@ -32,25 +27,6 @@ edits = st.builds(
     irrelevant=maybe,
     id=maybe,
 )
-
-
-def write(folder: Path, content: str | bytes, name: str = "edits.json") -> Path:
-    path = folder / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
-    return path
-
-
-def lines(*records: object) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
-
-
-def fails(call, *parts: str) -> str:
-    """The message of the EditDataError that `call` raises, after checking that it has all `parts`."""
-    with pytest.raises(EditDataError) as caught:
-        call()
-    message = str(caught.value)
-    assert [part for part in parts if part not in message] == [], message
-    return message
 
 
 def test_request_format():
@@ -256,8 +232,6 @@ def test_record_that_is_no_object(tmp_path, record):
     fails(lambda: load_edits(path), "record 2", "expected an object", "got")
 
 
-REQUEST = {"prompt": "a", "target_new": "b"}
-MEND = {"src": "a", "alt": "b"}
 REWRITE = {"prompt": "{} is", "target_new": {"str": "b"}, "subject": "s"}
 
 
@@ -360,110 +334,3 @@ def test_constructor_checks_what_it_is_given():
     fails(lambda: Edit("a", "b", locality=("c",)), "field 'locality'", "tuple of Locality")
     fails(lambda: Locality(" "), "field 'prompt'", "blank")
     fails(lambda: Locality("a", 3), "field 'answer'", "number 3")
-
-
-def test_as_edits():
-    edit = Edit("a", "b")
-    assert as_edits(edit) == as_edits({"prompt": "a", "target": "b"}) == [edit]
-    assert as_edits([]) == []
-    assert as_edits(item for item in [edit, REQUEST, MEND]) == [edit, edit, edit]
-    fails(lambda: as_edits([edit, {"prompt": "a", "target": ""}]), "edit 2: ", "field 'target'")
-    fails(lambda: as_edits([edit, None]), "edit 2: ", "null")
-    for wrong in ("edits.json", Path("edits.json"), 3, None):
-        fails(lambda wrong=wrong: as_edits(wrong), "expected Edit, dict, or a list", "load_edits")
-
-
-few_prompts = st.sampled_from(["a b", " a  b", "a\nb\t", "A b", "c"])
-colliding = st.lists(st.builds(Edit, prompt=few_prompts, target=st.sampled_from(["x", " x ", "y"])), max_size=8)
-
-
-@given(colliding)
-def test_deduplicate(given_edits):
-    kept, superseded = deduplicate(given_edits)
-    folded = [" ".join(edit.prompt.split()) for edit in given_edits]
-    winners = [i for i, prompt in enumerate(folded) if prompt not in folded[i + 1 :]]
-    assert kept == [given_edits[i] for i in winners]
-    assert [s.position for s in superseded] == [i for i in range(len(given_edits)) if i not in winners]
-    for lost in superseded:
-        winner = given_edits[lost.by_position]
-        assert lost.by_position in winners and lost.position < lost.by_position
-        assert lost.edit is given_edits[lost.position]
-        assert folded[lost.by_position] == folded[lost.position]
-        assert lost.contradicting == (lost.edit.target.strip() != winner.target.strip())
-    assert deduplicate(kept) == (kept, [])
-
-
-def test_deduplicate_names_the_last_edit_as_winner():
-    first, second, third = Edit("a b", "x"), Edit("a  b", "y"), Edit(" a b", "x")
-    kept, superseded = deduplicate(iter([first, second, third]))
-    assert kept == [third]
-    assert superseded == [Superseded(0, first, 2, False), Superseded(1, second, 2, True)]
-
-
-def folded(text: str) -> str:
-    return " ".join(text.split()).casefold()
-
-
-class TestDemoEdits:
-    edits = demo_edits()
-    prompts = [folded(edit.prompt) for edit in edits]
-    rephrases = [folded(text) for edit in edits for text in edit.rephrases]
-    locality = [place for edit in edits for place in edit.locality]
-    unrelated = [folded(place.prompt) for place in locality] + [folded(edit.irrelevant) for edit in edits]
-
-    def test_the_file_is_canonical(self):
-        file = resources.files("wise_fast") / "datasets" / "counterfactuals.json"
-        assert json.loads(file.read_text(encoding="utf-8")) == [edit.to_dict() for edit in self.edits]
-
-    def test_size_and_relations(self):
-        relations = Counter(edit.id.rsplit("-", 1)[0] for edit in self.edits)
-        assert len(self.edits) >= 48 and len(relations) >= 10 and min(relations.values()) >= 4
-        assert len({edit.id for edit in self.edits}) == len(self.edits)
-        assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*-\d\d", edit.id) for edit in self.edits)
-
-    def test_every_edit_can_be_scored(self):
-        for edit in self.edits:
-            assert len(edit.rephrases) == 2 and len(edit.locality) == 2 and edit.irrelevant, edit.id
-            assert all(place.answer for place in edit.locality), edit.id
-            assert edit.subject in edit.prompt and all(edit.subject in text for text in edit.rephrases), edit.id
-
-    def test_targets_are_short_and_not_given_away(self):
-        for edit in self.edits:
-            assert 1 <= len(edit.target.split()) <= 3 and edit.target == edit.target.strip(), edit.id
-            assert all(edit.target.casefold() not in text.casefold() for text in (edit.prompt, *edit.rephrases)), (
-                edit.id
-            )
-
-    def test_half_are_questions_and_half_completions(self):
-        questions = [edit for edit in self.edits if edit.prompt.endswith("?")]
-        assert 0.4 <= len(questions) / len(self.edits) <= 0.6
-        for edit in self.edits:
-            ends = {text[-1] == "?" for text in (edit.prompt, *edit.rephrases)}
-            assert ends == {edit in questions}, f"{edit.id}: paraphrases take the form of the prompt"
-            if edit not in questions:
-                assert all(text[-1].isalnum() for text in (edit.prompt, *edit.rephrases)), edit.id
-
-    def test_no_prompt_occurs_twice(self):
-        assert deduplicate(self.edits) == (self.edits, [])
-        every = self.prompts + self.rephrases + self.unrelated
-        assert [text for text, count in Counter(every).items() if count > 1] == []
-
-    def test_what_is_unrelated_names_no_edited_subject(self):
-        subjects = [edit.subject.casefold() for edit in self.edits]
-        assert len(set(subjects)) == len(subjects)
-        assert [(s, text) for s in subjects for text in self.unrelated if s in text] == []
-
-    def test_locality_answers_are_short_and_not_given_away(self):
-        assert all(len(place.answer.split()) <= 3 for place in self.locality)
-        assert [place for place in self.locality if place.answer.casefold() in place.prompt.casefold().split()] == []
-
-    def test_each_call_reads_afresh(self):
-        again = demo_edits()
-        assert again == self.edits and again is not self.edits
-
-
-@pytest.mark.parametrize("module", ["wise_fast.data", "wise_fast.formats"])
-def test_reading_edits_needs_neither_torch_nor_transformers(module):
-    # The source is what counts: the package's own __init__ may well import torch.
-    source = Path(sys.modules[module].__file__).read_text(encoding="utf-8")
-    assert re.findall(r"^\s*(?:import|from) (torch|transformers|wise_kernels)\b", source, re.MULTILINE) == []
