@@ -10,10 +10,9 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from bench import quality, records
-from bench.run import add_source, at_least, read_edits
+from bench.run import at_least, read_edits
 from wise_fast import Edit, WiseEditor
 from wise_fast.models import load_model
 from wise_fast.routing_scores import scope_ratios
@@ -47,15 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.ablation", description="what each part is worth")
-    add_source(parser)
-    parser.add_argument("--limit", type=at_least(1), help="edits taken from it (default: all)")
-    parser.add_argument("--offset", type=at_least(0), default=0, help="edits left out before them (%(default)s)")
+    quality.add_options(parser, "ablation.csv")
     parser.add_argument("--untaught", type=at_least(0), default=100, help="edits after them whose prompts are asked")
     parser.add_argument("--only", help="part of the names of the variants to run (default: all)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every variant, repeatable")
-    parser.add_argument("--no-generate", action="store_true", help="teacher-forced scores only")
-    parser.add_argument("--out", type=Path, default=records.RESULTS, help="directory of ablation.csv (bench/results)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(arguments)
 
 

@@ -1,6 +1,6 @@
 """The plain PyTorch baseline: WISE (arXiv 2405.14768) as its reference implementation runs it, written from the paper.
 
-Faults of the reference (DESIGN, section 5) kept here, because they are costs: the whole model at every step and row
+Faults of the reference implementation kept here, because they are costs: the whole model at every step and row
 (bare, k prefixed, irrelevant), logits at all positions; dense W', gradient, mask multiply and clamp; the loss read on
 the host at every step; a fixed number of steps; one edit at a time; a dense copy per memory; three dense matmuls to
 serve one (`live_matmul=False` drops that of live W', which nothing uses); host syncs in every forward, also when

@@ -45,19 +45,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description="edit, then score all edits")
-    add_source(parser)
-    parser.add_argument("--limit", type=at_least(1), help="edits taken from it (default: all)")
-    parser.add_argument("--offset", type=at_least(0), default=0, help="edits left out before them (%(default)s)")
+    add_options(parser, "quality.csv")
     parser.add_argument("--batch-size", type=int, help="edits trained together")
     parser.add_argument("--shard-size", type=int, help="edits in a shard before the next opens")
     parser.add_argument("--shards", type=int, help="shards merged into one memory (mode merge)")
     parser.add_argument("--mode", choices=("retrieve", "merge"))
+    parser.add_argument("--seeds", type=_numbers, help="such as 0,1,2: one run each (default: the setting's seed)")
+    return parser.parse_args(arguments)
+
+
+def add_options(parser: argparse.ArgumentParser, file: str) -> None:
+    """Options of what edits and then scores: which edits, the settings, and where the rows of `file` go."""
+    add_source(parser)
+    parser.add_argument("--limit", type=at_least(1), help="edits taken from it (default: all)")
+    parser.add_argument("--offset", type=at_least(0), default=0, help="edits left out before them (%(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, repeatable")
     parser.add_argument("--no-generate", action="store_true", help="teacher-forced scores only")
-    parser.add_argument("--seeds", type=_numbers, help="such as 0,1,2: one run each (default: the setting's seed)")
-    parser.add_argument("--out", type=Path, default=records.RESULTS, help="directory of quality.csv (bench/results)")
+    parser.add_argument("--out", type=Path, default=records.RESULTS, help=f"directory of {file} (bench/results)")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser.parse_args(arguments)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

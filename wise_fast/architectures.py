@@ -90,7 +90,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def default_layer(n_layers: int) -> int:
-    """Mid-to-late: three quarters of the way up, where the prototype of DESIGN section 6 stood (13 of 18)."""
+    """Mid-to-late: three quarters of the way up (13 of 18)."""
     return round(0.75 * (n_layers - 1))
 
 

@@ -20,7 +20,7 @@ def calibrated(
 ) -> tuple[SideMemory, dict[int, float]]:
     """The memory with its thresholds and leverage factor, and the routing score of each edit in `keys`.
 
-    Edits that do not hold do not drag a threshold down (DESIGN section 2). `holds` is empty where nobody knows.
+    Edits that do not hold do not drag a threshold down. `holds` is empty where nobody knows.
     """
     scores = {index: _loudness(memory, key, config) for index, key in keys}
     counted = [index for index in scores if index in holds] or list(scores)

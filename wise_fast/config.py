@@ -49,7 +49,7 @@ class WiseConfig:
             calibrates them to the model; "absolute" takes them as they are.
         act_ratio: a memory's threshold is this share of the least score among its edits.
         z_ratio: with route_by "leverage", it is this share of the median, unless the other is less.
-        protect: protected update (DESIGN section 2), neuron layout only.
+        protect: protected update (`wise_fast.protection`), neuron layout only.
         protect_lambda: its lambda, in units of the edit's own mean a P a^T.
         protect_irrelevant: the same of sampled unrelated text, which is protected before the first edit; None leaves it
             out.

@@ -34,7 +34,7 @@ class Edit:
     """One fact to teach: `prompt` is to be answered by `target`. Blank texts raise EditDataError.
 
     rephrases: paraphrases of the prompt, for generalization. ood_prompts: out-of-distribution passages (temporal
-    task). locality: unrelated prompts, for measuring only. irrelevant: text for the margin loss (DESIGN, eq. 5).
+    task). locality: unrelated prompts, for measuring only. irrelevant: text for the margin loss (paper, eq. 5).
     truth: the answer that `target` replaces, for measuring only (CounterFact compares the two).
     Prompts (prompt, rephrases, locality) are text or chat messages, [{"role": "user", "content": ...}]; editing and
     evaluating render those with the tokenizer's chat template. messages: what a rendered `prompt` was made of.

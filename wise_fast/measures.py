@@ -1,6 +1,6 @@
 """Measures: which texts a figure reads for an edit, and what it makes of the model's readings of them.
 
-Definitions are those of the literature as DESIGN section 5 has them. Reliability and generalization: target tokens
+Definitions are those of the literature. Reliability and generalization: target tokens
 that are the argmax. Locality: argmax unchanged at the reference answer's positions. Temporal: tokens with a probability
 above 0.8, of the target behind its prompt (reliability) and of a whole passage, where there is no target and routing
 decides on all of it (ood). CounterFact (Meng et al. 2022): whether the wanted answer is likelier than another one.

@@ -1,6 +1,6 @@
 """Side memories: compact deltas of the value projection, in one of two mask layouts with one interface.
 
-A memory is `W'_j = W + D_j` with `D_j` zero outside its mask (DESIGN section 2). Only the masked values exist. In the
+A memory is `W'_j = W + D_j` with `D_j` zero outside its mask (paper, section 2). Only the masked values exist. In the
 "neuron" layout the mask is a subset S of the d_ff inputs and `values` is `D_S^T`, [|S|, d_out]; in the "element"
 layout it is a bit per weight and `values` packs the weights row by row, [nnz].
 """

@@ -178,7 +178,7 @@ def unchanged(after: Sequence[Reading], before: Sequence[Reading]) -> float | No
 
 
 def likely(after: Sequence[Reading], before: Sequence[Reading] = ()) -> float | None:
-    """Share of labels with a probability above 0.8, averaged over rows; padding is no label (DESIGN section 5)."""
+    """Share of labels with a probability above 0.8, averaged over rows; padding is no label."""
     return _mean([(r.logp.exp() > LIKELY).float() for r in after])
 
 

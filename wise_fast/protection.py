@@ -1,4 +1,4 @@
-"""Protected update: earlier edits of a shard are moved as little as possible (DESIGN section 2).
+"""Protected update: earlier edits of a shard are moved as little as possible.
 
 With `C = sum a_S^T a_S` over the token activations of the edits already in the shard, the update of the next edit is
 `D_S^T += P Z`, `P = (I + C / lambda)^-1`, and training `Z` needs the features `a_S P` alone. After each edit, recursive

@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from wise_fast.architectures import Architecture, evaluating
+from wise_fast.axes import SHAPES, Axis, axes_of, pick
 
-Axes = dict[str, list[list["_Axis"]]]
+Axes = dict[str, list[list[Axis]]]
 
 
 class _Reached(Exception):
@@ -57,25 +57,23 @@ class Capture:
         """
         batch, length = self.input_ids.shape
         width = length if width is None else width
-
-        def pick(output, axes):
-            leaves, structure = tree_flatten(output)
-            picked = [_pick(v, a, index, length, width) for v, a in zip(leaves, axes, strict=True)]
-            return tree_unflatten(picked, structure)
-
+        tape = {
+            name: [pick(*call, index, length, width) for call in zip(calls, self.axes[name], strict=True)]
+            for name, calls in self.tape.items()
+        }
         return replace(
             self,
             input_ids=self.input_ids[index, :width],
             attention_mask=self.attention_mask[index, :width],
             a=self.a.view(batch, length, -1)[index, :width].flatten(0, 1),
             main=self.main.view(batch, length, -1)[index, :width].flatten(0, 1),
-            tape={name: list(map(pick, calls, self.axes[name])) for name, calls in self.tape.items()},
+            tape=tape,
             shape=(len(index), width) if len(self.shape) == 2 else (len(index) * width,),
         )
 
 
 class Tail:
-    """Capture and replay for one model and one edited projection (DESIGN section 3)."""
+    """Capture and replay for one model and one edited projection."""
 
     def __init__(self, model: nn.Module, architecture: Architecture):
         self.model = model
@@ -109,15 +107,12 @@ class Tail:
 
     @functools.cached_property
     def axes(self) -> Axes:
-        """Where the sequences and their tokens are in every taped tensor.
-
-        Sizes cannot tell ([T, T] of T sequences, [1, T] of one), so two batches of different shapes are compared.
-        """
+        """Where the sequences and their tokens are in every taped tensor."""
         device = self.model.get_input_embeddings().weight.device
-        first, second = (torch.zeros(size, dtype=torch.long, device=device) for size in ((2, 3), (3, 5)))
+        first, second = (torch.zeros(size, dtype=torch.long, device=device) for size in SHAPES)
         with torch.no_grad():
             (_, one), (_, two) = (self._record(ids, torch.ones_like(ids)) for ids in (first, second))
-        return {name: [_axes(*pair) for pair in zip(calls, two[name], strict=True)] for name, calls in one.items()}
+        return {name: [axes_of(*pair) for pair in zip(calls, two[name], strict=True)] for name, calls in one.items()}
 
     def _record(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, dict[str, list]]:
         """The projection's input and the tape."""
@@ -266,45 +261,6 @@ class Tail:
             return output
 
         return record
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """Dimensions of a taped tensor.
-
-    Attributes:
-        batch: the one over the sequences, or over the tokens of all of them; None for what all sequences share.
-        flat: whether it runs over the tokens of all.
-        tokens: those over the tokens of one sequence.
-    """
-
-    batch: int | None
-    flat: bool
-    tokens: tuple[int, ...]
-
-
-def _axes(one, two) -> list[_Axis]:
-    """The dimensions of a module's output, from its outputs for batches of 2 by 3 and of 3 by 5 tokens."""
-    axes = []
-    for a, b in zip(tree_flatten(one)[0], tree_flatten(two)[0], strict=True):
-        sizes = list(zip(a.shape, b.shape)) if isinstance(a, Tensor) else []
-        batch = next((i for i, size in enumerate(sizes) if size in ((2, 3), (6, 15))), None)
-        flat = batch is not None and sizes[batch] == (6, 15)
-        axes.append(_Axis(batch, flat, tuple(i for i, size in enumerate(sizes) if size == (3, 5))))
-    return axes
-
-
-def _pick(value, axis: _Axis, index: Tensor, length: int, width: int):
-    """The chosen sequences' first `width` of `length` tokens of a taped value."""
-    for dim in axis.tokens:
-        value = value.narrow(dim, 0, width)
-    if axis.batch is None:
-        return value
-    index = index.to(value.device)
-    if not axis.flat:
-        return value.index_select(axis.batch, index)
-    dim = axis.batch
-    return value.unflatten(dim, (-1, length)).index_select(dim, index).narrow(dim + 1, 0, width).flatten(dim, dim + 1)
 
 
 def _emptied(output):

@@ -37,7 +37,7 @@ def leverage(a: Tensor, columns: Tensor, bounds: Tensor, factors: Tensor) -> Ten
     """Leverage of each token under each memory, ||a_S U_j||^2 in fp32.
 
     It is the variance of what ridge regression on the edits predicts at a_S, so the norm of a side response over its
-    root says how far the response is from chance (`route`). DESIGN section 6 takes the complement, as a share.
+    root says how far the response is from chance (`route`).
 
     Args:
         a: [N, F] activations, fp32, fp16 or bf16, any strides.
