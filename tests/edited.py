@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 from wise_fast import Edit, WiseConfig, WiseEditor
+from wise_fast.tokens import pad_token
+from wise_fast.training import Trainer
 
 WIDTH, D_FF = 128, 512
 QUICK = WiseConfig(
@@ -26,6 +28,7 @@ QUICK = WiseConfig(
     dropped=0,
     near=0,
     nll=0.4,
+    z_ratio=0.44,  # texts of tiny models lie closer to each other
     max_steps=60,
     min_steps=2,
     act_ratio=0.8,
@@ -99,3 +102,27 @@ def untouched(editor: WiseEditor) -> Iterator[None]:
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in editor.model.state_dict().items())
     assert same([memory.values for memory in editor.memories], values)
     assert same(logits(editor.model), answers) and editor.model.training == mode
+
+
+def make_trainer(editor, facts, values=None, p=None):
+    """A trainer as `edit` makes it, in a shard that may hold something."""
+    memory = editor._open_shard(editor._state).shard.memory
+    memory = memory if values is None else memory.replace(values=values)
+    generator, pad = torch.Generator().manual_seed(0), pad_token(editor.tokenizer)
+    rows, quiet = editor._examples(facts, range(len(facts))), editor._quiet_pool
+    return Trainer(editor.tail, memory, p, rows, quiet, editor.config, editor.unit, generator, pad)
+
+
+def read_plainly(editor, prompt, target=None):
+    """(labels' log-probabilities, argmax hits) from one full forward of one text."""
+    ids = editor.tokenizer(prompt)["input_ids"]
+    first, routed = 1, len(ids)
+    if target is not None:
+        first = routed = len(ids)
+        ids = editor.tokenizer(f"{prompt} {target}")["input_ids"]
+    mask = torch.arange(len(ids))[None] < routed
+    with torch.no_grad(), editor.routing.prompt(mask):
+        logits = editor.model(torch.tensor([ids])).logits[0].double()
+    logp = logits.log_softmax(-1)
+    places = range(first, len(ids))
+    return [float(logp[i - 1, ids[i]]) for i in places], [int(logits[i - 1].argmax()) == ids[i] for i in places]

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.edited import FACTS, make_editor
+from tests.edited import FACTS, make_editor, read_plainly
 from tests.table_method import TableMethod
 from tests.tiny import tiny_tokenizer
-from wise_fast import Edit, load_edits, metrics
-from wise_fast.data import Locality, demo_edits
+from wise_fast import Edit, metrics
+from wise_fast.data import Locality
 from wise_fast.errors import EditDataError
 from wise_fast.scores import Evaluation, Score
 from wise_fast.state import EditReport
-from wise_fast.tasks import TASKS, Before, evaluate, general_ability, held_out_texts
+from wise_fast.tasks import TASKS, Before, evaluate
 
 FIXTURES = Path(__file__).parent / "fixtures"
 RICH = (
@@ -47,21 +47,6 @@ def taught():
 def scores(name):
     """What a task gives for all edits together."""
     return TASKS[name].score(taught(), RICH).scores
-
-
-def read_plainly(editor, prompt, target=None):
-    """(labels' log-probabilities, argmax hits) from one full forward of one text."""
-    ids = editor.tokenizer(prompt)["input_ids"]
-    first, routed = 1, len(ids)
-    if target is not None:
-        first = routed = len(ids)
-        ids = editor.tokenizer(f"{prompt} {target}")["input_ids"]
-    mask = torch.arange(len(ids))[None] < routed
-    with torch.no_grad(), editor.routing.prompt(mask):
-        logits = editor.model(torch.tensor([ids])).logits[0].double()
-    logp = logits.log_softmax(-1)
-    places = range(first, len(ids))
-    return [float(logp[i - 1, ids[i]]) for i in places], [int(logits[i - 1].argmax()) == ids[i] for i in places]
 
 
 def mean(values):
@@ -295,88 +280,3 @@ class TestEdges:
     def test_a_task_cannot_be_added_by_accident(self):
         with pytest.raises(TypeError):
             TASKS["other"] = TASKS["qa"]
-
-
-class TestGeneralAbility:
-    def test_by_hand_every_token_has_the_same_weight(self):
-        method = TableMethod({"^a": 0.5, "ab": 0.25, "^c": 0.125}, {"^a": 0.25, "ab": 0.5, "^c": 0.5})
-        found = general_ability(method, ["ab", "c"])
-        assert found["perplexity_after"] == pytest.approx((0.5 * 0.25 * 0.125) ** (-1 / 3))
-        assert found["perplexity_before"] == pytest.approx((0.25 * 0.5 * 0.5) ** (-1 / 3))
-
-    def test_against_plain_forwards_and_damage_shows(self):
-        editor = make_editor(FACTS)
-        texts = ["A plain text.", "Who leads Fro? Nobody knows it.", "x"]
-
-        def plainly():
-            logp = [v for text in texts for v in read_plainly(editor, text)[0]]
-            return math.exp(-sum(logp) / len(logp))
-
-        found = general_ability(editor, texts)
-        with editor.disabled():
-            before = plainly()
-        assert found["perplexity_after"] == pytest.approx(plainly(), rel=1e-4)
-        assert found["perplexity_before"] == pytest.approx(before, rel=1e-4)
-        editor.projection.thresholds.fill_(0.0)
-        damaged = general_ability(editor, texts, before=found["perplexity_before"])
-        assert damaged["perplexity_before"] == found["perplexity_before"]
-        assert damaged["perplexity_after"] == pytest.approx(plainly(), rel=1e-4)
-        assert damaged["perplexity_after"] != pytest.approx(found["perplexity_after"], rel=1e-2)
-
-    def test_known_before_is_not_asked(self):
-        method = TableMethod({})
-        assert general_ability(method, ["abc"], before=5.0)["perplexity_before"] == 5.0 and not method.asked_before
-
-    def test_nothing_to_read(self):
-        assert general_ability(TableMethod({}), []) == {"perplexity_before": None, "perplexity_after": None}
-        with pytest.raises(EditDataError, match="expected a list of texts"):
-            general_ability(TableMethod({}), "one text")
-        with pytest.raises(EditDataError, match="context is 512"):
-            general_ability(TableMethod({}), ["word " * 200])
-
-    def test_the_packaged_passages(self):
-        texts = held_out_texts()
-        assert len(set(texts)) == len(texts) == 30 and all(60 < len(text) < 300 for text in texts)
-        edits = json.dumps([edit.to_dict() for edit in demo_edits()])
-        assert not [text for text in texts for part in text.split(". ") if part in edits]
-        found = general_ability(TableMethod({}))
-        assert found["perplexity_before"] == found["perplexity_after"] == pytest.approx(260, rel=1e-3)
-
-
-class TestPartnerFiles:
-    def test_irrelevant_text_of_the_record_in_the_same_place(self, tmp_path):
-        partner = tmp_path / "irrelevant.json"
-        place = {"locality_prompt": "The ferry leaves at", "locality_ground_truth": "ten."}
-        rows = [{"prompt": "a", "target_new": "b", **place}, {"prompt": "c", "target_new": "d", "loc_prompt": "rain"}]
-        partner.write_text(json.dumps(rows))
-        file = FIXTURES / "hallucination.json"
-        plain, paired = load_edits(file), load_edits(file, irrelevant=partner)
-        assert [edit.irrelevant for edit in paired] == ["The ferry leaves at ten.", "rain"]
-        assert [dataclasses.replace(edit, irrelevant=None) for edit in paired] == plain
-        assert [e.irrelevant for e in load_edits(file, limit=1, irrelevant=partner)] == ["The ferry leaves at ten."]
-
-    def test_blank_answers_and_open_prompts(self, tmp_path):
-        partner = tmp_path / "irrelevant.json"
-        partner.write_text(json.dumps([{"prompt": "a", "target_new": "b", "locality_prompt": "On Friday. "}]))
-        (edit,) = load_edits(FIXTURES / "temporal.json", irrelevant=partner)
-        assert edit.irrelevant == "On Friday. "
-
-    def test_other_numbers_of_records(self, tmp_path):
-        partner = tmp_path / "irrelevant.json"
-        partner.write_text(json.dumps([{"prompt": "a", "target_new": "b", "loc_prompt": "x"}]))
-        with pytest.raises(EditDataError, match="irrelevant.json: has 1 records, expected 2"):
-            load_edits(FIXTURES / "hallucination.json", irrelevant=partner)
-        assert len(load_edits(FIXTURES / "hallucination.json", limit=1, irrelevant=partner)) == 1
-
-    def test_a_record_without_one(self, tmp_path):
-        partner = tmp_path / "irrelevant.json"
-        partner.write_text(json.dumps([{"prompt": "a", "target_new": "b"}] * 2))
-        with pytest.raises(EditDataError, match="record 1: holds no irrelevant text"):
-            load_edits(FIXTURES / "hallucination.json", irrelevant=partner)
-
-
-@pytest.mark.parametrize("name", ["hallucination", "temporal", "counterfact"])
-def test_the_data_sets_formats_bring_what_their_task_asks(name):
-    edits = load_edits(FIXTURES / f"{name}.json")
-    found = TASKS[name].score(TableMethod({}), edits[:1])
-    assert all(value is not None for value in found.summary().values())

@@ -4,30 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from tests.edited import D_FF, FACTS, QUICK, WIDTH, logits, make_editor
+from tests.edited import D_FF, FACTS, QUICK, WIDTH, logits, make_editor, make_trainer
 from wise_fast import Edit, training
-from wise_fast.augment import drop_words
-from wise_fast.rows import buckets, look_at
 from wise_fast.tasks import evaluate
-from wise_fast.tokens import pad_token
 from wise_fast.training import Trainer
 from wise_fast.vocabulary import Likely
 
 LAYOUTS = ("neuron", "element")
-
-
-def make_trainer(editor, facts, values=None, p=None):
-    """A trainer as `edit` makes it, in a shard that may hold something."""
-    memory = editor._open_shard(editor._state).shard.memory
-    memory = memory if values is None else memory.replace(values=values)
-    generator, pad = torch.Generator().manual_seed(0), pad_token(editor.tokenizer)
-    rows, quiet = editor._examples(facts, range(len(facts))), editor._quiet_pool
-    return Trainer(editor.tail, memory, p, rows, quiet, editor.config, editor.unit, generator, pad)
-
-
-def unmoved(rows, numbers):
-    """These rows as `look_at` wants them, under the memory they began with."""
-    return [(group, places, group.before[group.tokens(places)]) for group, places in rows.split(numbers)]
 
 
 def plain_loss(editor, trainer, facts, delta):
@@ -169,56 +152,6 @@ class TestDrawing:
         trainer = make_trainer(make_editor(prefixes=prefixes, prefixes_per_step=3), FACTS[:1])
         for trainer.steps in ([0], [1]):
             assert trainer._draw([0]) == drawn
-
-
-class TestRows:
-    def test_some_word_is_dropped_where_one_may_be(self):
-        generator = torch.Generator().manual_seed(0)
-        made = {drop_words("who built the tower of Pisa?", 1e-9, generator, "tower of Pisa") for _ in range(20)}
-        assert made == {"built the tower of Pisa?", "who the tower of Pisa?", "who built tower of Pisa?"}
-        assert drop_words("tower of Pisa", 0.5, generator, "tower of Pisa") == "tower of Pisa"
-        assert drop_words("who built it", 0.0, generator) == "who built it"
-
-    def test_without_a_subject_what_may_be_one_stays(self):
-        generator = torch.Generator().manual_seed(0)
-        made = {drop_words("The river of Lima in 1911 is", 0.9, generator) for _ in range(30)}
-        assert all({"The", "Lima", "1911"} <= set(text.split()) for text in made) and len(made) > 3
-
-    def test_a_variant_like_another_is_left_out(self):
-        trainer = make_trainer(make_editor(prefixes=1, dropped=2, drop_rate=0.0), FACTS)
-        assert trainer.rows.variants == 4 and trainer.rows.numbers([1, 2]) == [4, 5, 8, 9]
-        assert sorted(n for group in trainer.rows.groups for n in group.numbers) == trainer.rows.numbers(range(4))
-        assert all(r.success for r in make_editor(prefixes=1, dropped=2, drop_rate=0.0).edit(FACTS))
-
-    def test_rows_are_padded_to_their_likes(self):
-        lengths = [30, 4, 5, 31, 4, 29]
-        assert buckets(lengths) == [[1, 2, 4], [0, 3, 5]]
-        assert buckets([7]) == [[0]] and buckets([7, 8, 9]) == [[0, 1, 2]]
-
-    def test_a_row_looks_the_same_in_any_company(self, monkeypatch):
-        monkeypatch.setattr("wise_fast.rows._PER_GROUP", 8)
-        editor = make_editor(prefixes=3, dropped=1)
-        alone, among = (make_trainer(editor, facts).rows for facts in (FACTS[1:2], FACTS))
-        assert len(among.groups) > 1
-        seen = []
-        for of, edit in ((alone, 0), (among, 1)):
-            numbers = [edit * of.variants + variant for variant in range(of.variants)]
-            nll = {}
-            parts = unmoved(of, numbers)
-            for (group, places, _), look in zip(parts, look_at(parts, "mean", full=True), strict=True):
-                nll |= {group.numbers[p] % of.variants: x for p, x in zip(places, look.nll.tolist(), strict=True)}
-            seen.append([nll[variant] for variant in range(of.variants)])
-        assert seen[0] == pytest.approx(seen[1], rel=1e-4)
-        torch.testing.assert_close(alone.key(0), among.key(1), rtol=1e-4, atol=1e-5)
-        assert alone.taught([0]).shape == among.taught([1]).shape
-
-    def test_labels_of_every_row_know_the_rest_of_the_vocabulary(self):
-        trainer = make_trainer(make_editor(prefixes=3, dropped=1), FACTS)
-        parts = unmoved(trainer.rows, [0, 5, 10, 15])
-        looks = look_at(parts, "mean", full=True)
-        trainer.rows.restrict([(group, places, look) for (group, places, _), look in zip(parts, looks, strict=True)])
-        for part, full in zip(look_at(parts, "mean", full=False), looks, strict=True):
-            torch.testing.assert_close(part.nll, full.nll, rtol=1e-3, atol=1e-4)
 
 
 class TestSettling:
