@@ -212,6 +212,8 @@ class TestMoments:
             assert editor.routing.choice.tolist() == [1]
             kept = cache("medical")
             editor.delete_pack("legal")
+            with editor.disabled():
+                editor.model(input_ids=step, past_key_values=kept)  # asks for no memory
             with pytest.raises(PackError, match="fresh cache"):
                 editor.model(input_ids=step, past_key_values=kept)
             editor.model(input_ids=torch.tensor([[5, 6]]), past_key_values=kept)  # a turn of its own is routed anew

@@ -192,10 +192,9 @@ class Routing:
 
     def _require_numbering(self, cache: Cache) -> None:
         # A compiled forward would compile again for every number; what compiles decoding is `generate`, in its turn.
-        if not torch.compiler.is_compiling() and getattr(cache, "routing_numbering", None) not in (
-            None,
-            self.numbering,
-        ):
+        if torch.compiler.is_compiling() or not self.enabled:
+            return
+        if getattr(cache, "routing_numbering", None) not in (None, self.numbering):
             raise PackError(
                 "packs or memories have come or gone since this cache's prompt was read, and its decision was between "
                 "those before; start from a fresh cache"
