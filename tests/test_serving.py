@@ -73,9 +73,9 @@ def post(url, body):
         return error.code, error.read().decode()
 
 
-def completed(address, prompt, kind="completion"):
+def completed(address, prompt, kind="completion", model="edited"):
     """The answer to a prompt by one of the server's ways to ask."""
-    settings = dict(model="edited", max_tokens=LENGTH, temperature=0)
+    settings = dict(model=model, max_tokens=LENGTH, temperature=0)
     if kind == "completion":
         status, text = post(f"{address}/v1/completions", dict(prompt=prompt, **settings))
         found = json.loads(text)["choices"][0]["text"] if status == 200 else text
@@ -168,8 +168,20 @@ class TestCommand:
         words = ["-m", saved_model(tmp_path / "model", editor.tokenizer), "-p", tmp_path / "pack"]
         shown = run("serve", *words, "--port", 8123, "--editable").stdout
         (((served,), settings),) = given
-        assert "3 edits" in shown and ":8123" in shown and settings["port"] == 8123
+        assert "3 edits as 'edited', of" in shown and ":8123" in shown and settings["port"] == 8123
         assert "/v1/edits" in {route.path for route in served.routes}
+
+    def test_serves_more_packs(self, editor, tmp_path, monkeypatch):
+        editor.save_pretrained(tmp_path / "pack")
+        given = []
+        monkeypatch.setattr(uvicorn, "run", lambda app, **_: given.append(app))
+        words = ["-m", saved_model(tmp_path / "model", editor.tokenizer), "-p", tmp_path / "pack"]
+        shown = run(
+            "serve", *words, "--also", f"legal={tmp_path / 'pack'}", "--also", f"tax={tmp_path / 'pack'}"
+        ).stdout
+        assert "3 edits as 'edited:legal' and 3 edits as 'edited:tax'" in shown and len(given) == 1
+        assert "not NAME=PACK" in run("serve", *words, "--also", "legal", code=2).stderr
+        assert "a pack 'x' already" in run("serve", *words, *["--also", f"x={tmp_path / 'pack'}"] * 2, code=1).stderr
 
     def test_without_the_extra(self, monkeypatch, tmp_path):
         monkeypatch.delitem(sys.modules, "wise_fast.serving")

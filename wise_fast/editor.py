@@ -19,19 +19,21 @@ from wise_fast.data import Edit, as_edits, deduplicate
 from wise_fast.errors import ConfigError, WiseError
 from wise_fast.ffn import DualMemoryLinear
 from wise_fast.material import Material, seed_of
-from wise_fast.memory import Bank, SideMemory, storable
+from wise_fast.memory import SideMemory, storable
+from wise_fast.pack_rows import OWN
+from wise_fast.packs import Packs
 from wise_fast.routing import Generation, Routing
 from wise_fast.sharing import Sharing
 from wise_fast.state import EditorState, EditReport, Shard
 from wise_fast.tail import Tail
-from wise_fast.turns import in_turn
+from wise_fast.turns import change, in_turn
 
 logger = logging.getLogger(__name__)
 
 _FAILED = "not fitted: its target or its routing margin did not hold within max_steps"
 
 
-class WiseEditor(Material, Sharing):
+class WiseEditor(Material, Packs, Sharing):
     """Edits a Hugging Face causal LM in place; the model stays usable through `model(...)` and `model.generate`.
 
     Args:
@@ -56,13 +58,14 @@ class WiseEditor(Material, Sharing):
         self._undo: list[EditorState] = []
         self._checkpoints: dict[str, EditorState] = {}
         self._state = EditorState()
+        self._packs, self._active, self._order = {}, (OWN,), ()
         self._attach()
 
     # -- editing ------------------------------------------------------------------------------------------------
 
     @torch.inference_mode(False)
     @torch.enable_grad()
-    @in_turn
+    @change
     def edit(self, edits: Edit | dict | Iterable[Edit | dict], progress: bool = False) -> list[EditReport]:
         """Teach facts, `config.batch_size` at a time.
 
@@ -78,7 +81,10 @@ class WiseEditor(Material, Sharing):
 
         Raises:
             EditDataError: an edit is unusable, does not fit the context, or tokenizes to nothing.
+            PackError: the editor's own edits are not active, so that none of these would be answered; or this thread is
+                in the middle of a generation or of `packs_for`.
         """
+        self._require_own()
         given = rendered(self.tokenizer, as_edits(edits))
         kept, superseded = deduplicate(given)
         reports: dict[int, EditReport] = {
@@ -238,9 +244,7 @@ class WiseEditor(Material, Sharing):
 
     @in_turn
     def _set_state(self, state: EditorState) -> None:
-        bank = Bank.pack(state.memories, self.projection.weight.dtype, self.config.route_by)
-        self.projection.set_bank(bank)
-        self._state = state
+        self._serve(state, self._packs, self._active)
 
     def _commit(self, state: EditorState) -> None:
         before = self._state

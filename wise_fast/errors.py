@@ -17,5 +17,9 @@ class EditDataError(WiseError, ValueError):
     """An edit, or a file of edits, is not usable."""
 
 
+class PackError(WiseError, ValueError):
+    """A pack is not known, or cannot be served, asked for or changed as it was given or at this moment."""
+
+
 class StorageError(WiseError, OSError):
     """A saved directory cannot be written, or cannot be trusted."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import wise_kernels as kernels
 from wise_fast.architectures import is_linear, linear_shape, linear_weight
-from wise_fast.errors import UnsupportedModelError
+from wise_fast.errors import PackError, UnsupportedModelError
 from wise_fast.memory import Bank
 from wise_fast.routing import Routing
 
-_BUFFERS = ("values", "index", "bounds", "thresholds", "factors")  # of a bank, and of a state dict
-_EXACT = ("thresholds", "factors")  # what decides the routing
+_BUFFERS = ("values", "index", "bounds", "thresholds", "factors", "leveraged")  # of a bank, and of a state dict
+_EXACT = ("thresholds", "factors", "limits")  # what decides the routing
 
 
 class DualMemoryLinear(nn.Module):
@@ -45,6 +47,7 @@ class DualMemoryLinear(nn.Module):
         for name in _BUFFERS:
             self.register_buffer(name, None)
         self.register_buffer("popcounts", None, persistent=False)
+        self.register_buffer("limits", None, persistent=False)
 
     @property
     def weight(self) -> Tensor:
@@ -67,10 +70,15 @@ class DualMemoryLinear(nn.Module):
     def set_bank(self, bank: Bank | None) -> None:
         """Serve `bank` from now on; None serves the main memory alone."""
         device = self.base_layer.weight.device
-        for name in _BUFFERS:
+        for name in (*_BUFFERS, "limits"):
             value = None if bank is None else getattr(bank, name)
             setattr(self, name, None if value is None else value.to(device))
         self._count()
+
+    def activate(self, rows: Sequence[int]) -> None:
+        """Let sequences that ask for nothing have all that these rows of `limits` open; in place."""
+        if self.limits is not None:
+            self.thresholds.copy_(self.limits[list(rows)].amin(0))
 
     def _count(self) -> None:
         """Where the values of every block of bits begin, once a bank instead of in every call (element layout)."""
@@ -99,14 +107,27 @@ class DualMemoryLinear(nn.Module):
         leverage = None
         if self.factors is not None:
             leverage = kernels.leverage(flat, self.index, self.bounds, self.factors)
+            if self.leveraged is not None:  # over the root of 1 a score is as it was, to the bit
+                leverage = torch.where(self.leveraged[:, None], leverage, 1.0)
         mask = self.routing.mask
         if mask is None:
             batch = a.shape[0] if a.ndim > 2 else 1
             mask = torch.ones(batch, flat.shape[0] // max(batch, 1), dtype=torch.bool, device=a.device)
         mask = mask.to(a.device)
-        scores, choice = kernels.route(norms, mask, self.thresholds, leverage, self.reduction)
+        scores, choice = kernels.route(norms, mask, self._thresholds(), leverage, self.reduction)
         self.routing.scores, self.routing.choice = scores.detach(), choice
         return y, side if one else None, choice
+
+    def _thresholds(self) -> Tensor:
+        """[J], or [B, J] where sequences ask for memories of their own."""
+        rows = self.routing.rows
+        if rows is None:
+            return self.thresholds
+        if self.limits is None:
+            raise PackError(
+                "the bank was set by hand and has no packs; set the editor's state, and it serves them again"
+            )
+        return self.limits.index_select(0, rows.to(self.limits.device))
 
     def _apply(self, fn, recurse: bool = True):
         exact = {name: getattr(self, name) for name in _EXACT}
@@ -123,6 +144,7 @@ class DualMemoryLinear(nn.Module):
                 value = state_dict.get(prefix + name)
                 device = self.base_layer.weight.device
                 setattr(self, name, None if value is None else torch.empty_like(value, device=device))
+            self.limits = None
         super()._load_from_state_dict(state_dict, prefix, *args)
         if replaced:
             self._count()

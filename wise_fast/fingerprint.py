@@ -58,7 +58,17 @@ def check(base: dict, model: nn.Module, layer: int | None) -> None:
         raise StorageError(
             f"the saved editor belongs to another base model, of {base['layers']} layers: {error}"
         ) from error
+    compare(base, found)
+
+
+def compare(base: dict, found: dict) -> None:
+    """Raise StorageError unless the base model of saved edits, `base`, is the one that was `found`, see `describe`."""
     names = [name for name in ("family", "layers", "layer", "projection", "shape") if base[name] != found[name]]
+    if names and {*names} <= {"layer", "projection"}:
+        raise StorageError(
+            f"the saved edits are of layer {base['layer']}, this editor's of layer {found['layer']}, and an editor "
+            f"serves one; load them into one made with WiseConfig(layer={base['layer']})"
+        )
     if names:
         facts = "; ".join(f"its {name} is {base[name]}, this model's {found[name]}" for name in names)
         raise StorageError(f"the saved editor belongs to another base model: {facts}. Load the model it was made for")

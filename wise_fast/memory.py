@@ -7,6 +7,7 @@ layout it is a bit per weight and `values` packs the weights row by row, [nnz].
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -117,6 +118,16 @@ class SideMemory:
         return replace(self, **changes)
 
 
+def alike(memories: Iterable[SideMemory], route_by: str) -> list[SideMemory]:
+    """Those that hold an edit, with one kind of score: without leverage factors unless `route_by` is "leverage" and all
+    have theirs. Scores of memories that compete to be the right one of one editor are compared.
+    """
+    memories = [m for m in memories if m.edits]
+    if route_by == "leverage" and all(m.factor is not None for m in memories):
+        return memories
+    return [m.replace(factor=None) for m in memories]
+
+
 def storable(values: Tensor) -> Tensor:
     """Values rounded so that half precision holds them exactly, in fp32; untouched where its range does not reach.
 
@@ -135,7 +146,9 @@ class Bank:
         values, index: concatenated over memories (element bits are stacked, [J, d_out, words]).
         bounds: [J + 1] int64 into `values`, on its device: a change of bank is a change of data, not of code.
         thresholds: [J] fp32.
-        factors: [sum K, r] fp32, or None when scores are not over the root of their leverage.
+        factors: [sum K, r] fp32, or None when no score is over the root of its leverage.
+        leveraged: [J] bool, whose scores are; None when all of them or none.
+        limits: [R, J] fp32, thresholds by what a sequence asks for; None when all ask for the same (see `packs`).
     """
 
     values: Tensor
@@ -143,15 +156,21 @@ class Bank:
     bounds: Tensor
     thresholds: Tensor
     factors: Tensor | None
+    leveraged: Tensor | None = None
+    limits: Tensor | None = None
 
     @classmethod
     def pack(cls, memories: list[SideMemory], dtype: torch.dtype, route_by: str = "leverage") -> Bank | None:
-        """Pack memories that hold at least one edit; None when there is none.
+        """Pack those of an editor's memories that hold an edit, see `join`."""
+        return cls.join(alike(memories, route_by), dtype)
+
+    @classmethod
+    def join(cls, memories: Sequence[SideMemory], dtype: torch.dtype) -> Bank | None:
+        """Pack memories, each scored over the root of its leverage if it has a factor; None when there are none.
 
         Raises:
             ConfigError: the memories differ in layout or shape.
         """
-        memories = [m for m in memories if m.edits]
         if not memories:
             return None
         if len({(m.layout, m.shape) for m in memories}) > 1:
@@ -159,12 +178,12 @@ class Bank:
         layout = memories[0].layout
         bounds = list(accumulate((m.values.shape[0] for m in memories), initial=0))
         joined = torch.cat if layout == "neuron" else torch.stack
-        factors, thresholds = None, [m.threshold for m in memories]
-        if route_by == "leverage" and all(m.factor is not None for m in memories):
-            rank = max(m.factor.shape[1] for m in memories)
-            pad = torch.nn.functional.pad
-            factors = torch.cat([pad(m.factor, (0, rank - m.factor.shape[1])) for m in memories])
-            thresholds = [m.z_threshold for m in memories]
+        thresholds = [m.threshold if m.factor is None else m.z_threshold for m in memories]
+        factors, leveraged = None, [m.factor is not None for m in memories]
+        if any(leveraged):
+            rank = max(m.factor.shape[1] for m in memories if m.factor is not None)
+            thin = [m.values.new_zeros(len(m.values), 0) if m.factor is None else m.factor for m in memories]
+            factors = torch.cat([torch.nn.functional.pad(f, (0, rank - f.shape[1])) for f in thin])
         values = torch.cat([m.values for m in memories]).to(dtype)
         if layout == "element":
             # One more in the storage, so that kernels may read them in pairs.
@@ -175,4 +194,5 @@ class Bank:
             torch.tensor(bounds, device=values.device),
             torch.tensor(thresholds, device=values.device),
             factors,
+            torch.tensor(leveraged, device=values.device) if any(leveraged) and not all(leveraged) else None,
         )

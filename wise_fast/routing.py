@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from wise_fast.errors import WiseError
+from wise_fast.errors import PackError, WiseError
+from wise_fast.pack_rows import PackRows
 from wise_fast.turns import Turn
 
 
@@ -23,6 +24,7 @@ class RoutedCache:
     """Mixed into a cache's class once it holds a decision, so that the decision follows the cache's rows."""
 
     routing_choice: Tensor | None
+    routing_numbering: int | None = None
 
     def _move(self, rows) -> None:
         if self.routing_choice is not None:
@@ -41,7 +43,7 @@ class RoutedCache:
         return super().batch_select_indices(indices)
 
     def reset(self):
-        self.routing_choice = None
+        self.routing_choice = self.routing_numbering = None
         return super().reset()
 
     def __reduce__(self):
@@ -73,7 +75,11 @@ class Routing:
         held: [B] int64 decision made at prefill that this forward must keep, or None.
         choice: [B] int64 decision of the latest forward: memory index, or -1 for the main memory; None when it asked
             for none (disabled, or no memories).
-        scores: [B, J] fp32 of the latest prefill, or None likewise.
+        scores: [B, J] fp32 of the latest prefill, or None likewise; of every memory, whether or not it may answer.
+        rows: [B] int64 of the current forward, what each sequence asks for (see `PackRows`); None where all ask alike.
+        packs: what may be asked for.
+        numbering: changes whenever memories get other indices, so that no cache goes on with another's.
+        generating: whether a `generate` is at work.
 
     A forward decides on the tokens it is given. It keeps the cache's decision when it decodes: with one token, or with
     any number inside `generate` after its first forward. More tokens than one outside `generate` are a new prompt, so
@@ -88,9 +94,12 @@ class Routing:
         self.held: Tensor | None = None
         self.choice: Tensor | None = None
         self.scores: Tensor | None = None
+        self.rows: Tensor | None = None
+        self.packs = PackRows()
+        self.numbering = 0
         self.turn = Turn()
+        self.generating = False
         self._prompt: Tensor | None = None
-        self._generating = False
         self._total: int | None = None
         self._prompt_length: int | None = None
         self._parameters: tuple[str, ...] = ()
@@ -134,18 +143,18 @@ class Routing:
             total: tokens of the prompt, with those in the cache; the first forward may have drafted ones behind them.
         """
         with self.turn:
-            before = self._generating, self._prompt_length, self._total
-            self._generating, self._prompt_length, self._total = True, None, total
+            before = self.generating, self._prompt_length, self._total
+            self.generating, self._prompt_length, self._total = True, None, total
             try:
                 yield
             finally:
-                self._generating, self._prompt_length, self._total = before
+                self.generating, self._prompt_length, self._total = before
 
     def _given(self, args, kwargs) -> dict:
         return dict(zip(self._parameters, args, strict=False)) | kwargs
 
     def _before(self, _module, args, kwargs) -> None:
-        self.mask = self.held = self.choice = None
+        self.mask = self.held = self.choice = self.rows = None
         given = self._given(args, kwargs)
         if self.enabled and given.get("cu_seq_lens_q") is not None:
             raise WiseError(
@@ -155,11 +164,12 @@ class Routing:
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         batch, length = tokens.shape[:2]
         cache = given.get("past_key_values")
-        first = self._generating and self._prompt_length is None
+        first = self.generating and self._prompt_length is None
         kept = getattr(cache, "routing_choice", None)
         if kept is not None:
             _follow(cache)
-        if kept is not None and not first and (length == 1 or self._generating):
+        if kept is not None and not first and (length == 1 or self.generating):
+            self._require_numbering(cache)
             if kept.shape[0] != batch:
                 raise WiseError(
                     f"the cache holds routing decisions for {kept.shape[0]} sequences, but {batch} were given; "
@@ -169,14 +179,26 @@ class Routing:
             self.choice = kept if self.enabled else None
             return
         self.scores = None
+        if self.enabled:
+            self.rows = self.packs.rows(batch, self.generating, tokens.device)
         self.mask = token_mask(given.get("attention_mask"), batch, length, cache, tokens.device)
         if self._prompt is not None:
             prompt = self._prompt.to(tokens.device)[:, :length]
             self.mask = self.mask & nn.functional.pad(prompt, (0, length - prompt.shape[1]), value=False)
         if first:
             self._prompt_length = length - self._drafted(length, given.get("attention_mask"), cache)
-        if self._generating:
+        if self.generating:
             self.mask = self.mask & (torch.arange(length, device=tokens.device) < self._prompt_length)
+
+    def _require_numbering(self, cache: Cache) -> None:
+        # A compiled forward would compile again for every number; what compiles decoding is `generate`, in its turn.
+        if torch.compiler.is_compiling() or not self.enabled:
+            return
+        if getattr(cache, "routing_numbering", None) not in (None, self.numbering):
+            raise PackError(
+                "packs or memories have come or gone since this cache's prompt was read, and its decision was between "
+                "those before; start from a fresh cache"
+            )
 
     def _drafted(self, length: int, mask, cache) -> int:
         """Tokens behind the prompt that an assistant has drafted already; it never does with a compileable cache."""
@@ -187,7 +209,7 @@ class Routing:
         return max(0, seen - self._total)
 
     def _after(self, _module, args, kwargs, output) -> None:
-        mask, held, self.mask, self.held = self.mask, self.held, None, None
+        mask, held, self.mask, self.held, self.rows = self.mask, self.held, None, None, None
         if output is None or held is not None:  # the forward raised, or the cache has its decision already
             return
         made = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
@@ -198,6 +220,7 @@ class Routing:
             # What the main memory read, it goes on with, also when there is a side memory by then.
             choice = mask.new_full(mask.shape[:1], -1, dtype=torch.int64) if self.choice is None else self.choice
             cache.routing_choice = choice
+            cache.routing_numbering = None if torch.compiler.is_compiling() else self.numbering
 
 
 def token_mask(mask, batch: int, length: int, cache, device) -> Tensor:
@@ -219,12 +242,14 @@ def token_mask(mask, batch: int, length: int, cache, device) -> Tensor:
 
 
 class Generation:
-    """`model.generate` that tells the routing where a generation begins; a method, so that deepcopy follows it."""
+    """`model.generate` that tells the routing where a generation begins, and with `pack_names` which pack each of its
+    sequences asks for; a method, so that deepcopy follows it.
+    """
 
     def __init__(self, inner, routing: Routing):
         self.inner, self.routing = inner, routing
 
-    def generate(self, *args, **kwargs):
+    def generate(self, *args, pack_names: Sequence[str] | None = None, **kwargs):
         model = getattr(self.inner, "__self__", None)  # none where the user replaced the method by a function
         config = next(iter(args[1:]), kwargs.get("generation_config")) or getattr(model, "generation_config", None)
         if kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)) is not None:
@@ -232,12 +257,13 @@ class Generation:
                 "prefill_chunk_size is set: routing decides where the prompt is prefilled, and would know its first "
                 "chunk alone; leave it unset"
             )
-        with self.routing.generation(_total(args, kwargs)):
+        given = _prompts(args, kwargs)
+        total, sequences, device = (None, 1, None) if given is None else (given.shape[1], given.shape[0], given.device)
+        with self.routing.generation(total), self.routing.packs.naming(pack_names, sequences, device):
             return self.inner(*args, **kwargs)
 
 
-def _total(args, kwargs) -> int | None:
-    """Tokens that `generate` is to go on from, those in a cache included; None where it starts from nothing."""
+def _prompts(args, kwargs) -> Tensor | None:
+    """What `generate` is to go on from, [B, T, ...] with the tokens in a cache; None where it starts from nothing."""
     named = (kwargs.get(name) for name in ("attention_mask", "inputs_embeds", "input_ids", "inputs"))
-    given = (*named, *args[:1])
-    return next((tensor.shape[1] for tensor in given if isinstance(tensor, Tensor)), None)
+    return next((tensor for tensor in (*named, *args[:1]) if isinstance(tensor, Tensor)), None)

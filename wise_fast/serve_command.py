@@ -10,6 +10,14 @@ from wise_fast.commands import Device, Dtype, Model, Pack, Quiet, Verbose, comma
 from wise_fast.terminal import terminal
 
 
+def _named(given: list[str] | None) -> list[str]:
+    for words in given or []:
+        name, _, directory = words.partition("=")
+        if not (name and directory):
+            raise typer.BadParameter(f"{words!r} is not NAME=PACK, such as legal=packs/legal")
+    return given or []
+
+
 @command("serve")
 def serve(
     context: typer.Context,
@@ -17,6 +25,12 @@ def serve(
     name: Annotated[str, typer.Option(help="What requests call the model.")] = "edited",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PACK", callback=_named, help="One more pack; requests for the model 'edited:NAME' ask for it."
+        ),
+    ] = None,
     editable: Annotated[
         bool, typer.Option("--editable", help="Also teach what is posted to /v1/edits; nothing of it is saved.")
     ] = False,
@@ -35,8 +49,17 @@ def serve(
         from wise_fast import actions
 
         editor = actions.saved_editor(it, model, dtype, device, pack)
+        for other, _, directory in (words.partition("=") for words in also or ()):
+            with it.step(f"loading {directory}"):
+                editor.load_pack(directory, other)
         it.kept = "stopped serving"
-        it.emit({}, f"serving {len(editor.edits)} edits of {model} as {name!r} on http://{host}:{port}")
+        served = " and ".join(f"{len(reports)} edits as {_asked(name, of)!r}" for of, reports in editor.packs.items())
+        it.emit({}, f"serving {served}, of {model}, on http://{host}:{port}")
         uvicorn.run(
             application(editor, name, editable), host=host, port=port, log_level="info" if verbose else "warning"
         )
+
+
+def _asked(name: str, pack: str) -> str:
+    """What requests for a pack call the model."""
+    return name if pack == "default" else f"{name}:{pack}"

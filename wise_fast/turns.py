@@ -10,15 +10,19 @@ import functools
 import threading
 from collections.abc import Callable
 
+from wise_fast.errors import PackError
+
 
 class Turn:
     """`with turn:` waits for other threads; the thread that has its turn may enter again."""
 
     def __init__(self):
         self._lock = threading.RLock()
+        self.change: str | None = None  # the method that is changing edits or packs
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Turn:
         self._lock.acquire()
+        return self
 
     def __exit__(self, *_) -> None:
         self._lock.release()
@@ -36,3 +40,28 @@ def in_turn(method: Callable) -> Callable:
             return method(self, *args, **kwargs)
 
     return waiting
+
+
+def change(method: Callable) -> Callable:
+    """A method of an editor that changes edits or packs: it waits for its turn, and raises PackError where its own
+    thread is in the middle of another such method, of a generation, or of `packs_for`.
+    """
+
+    @functools.wraps(method)
+    def changing(self, *args, **kwargs):
+        routing, name = self.routing, method.__name__.removeprefix("_")
+        with routing.turn as turn:
+            busy = turn.change or (
+                "generate" if routing.generating else "packs_for" if routing.packs.asked is not None else ""
+            )
+            if busy:
+                raise PackError(
+                    f"{name}() was called in the middle of {busy}, which it would disturb; call it after that"
+                )
+            turn.change = name
+            try:
+                return method(self, *args, **kwargs)
+            finally:
+                turn.change = None
+
+    return changing

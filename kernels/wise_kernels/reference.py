@@ -49,6 +49,7 @@ def gated_add(y, a, dense, choice):
 
 def route(norms, prompt_mask, thresholds, leverage=None, reduction="mean"):
     """score_j = mean (max) of norms_j over a sequence's prompt, over sqrt(mean leverage_j); top-1 by score / eps."""
+    thresholds = thresholds.expand(prompt_mask.shape[0], norms.shape[0])  # [J], or by sequence
     scores = torch.zeros(prompt_mask.shape[0], norms.shape[0])
     choice = torch.full((prompt_mask.shape[0],), -1)
     for b, mask in enumerate(prompt_mask):
@@ -60,8 +61,8 @@ def route(norms, prompt_mask, thresholds, leverage=None, reduction="mean"):
                 if leverage is not None:
                     mean = leverage[j].view(prompt_mask.shape)[b][mask].float().mean()
                     scores[b, j] = scores[b, j] / mean.clamp_min(1e-30).sqrt()
-            ratio = float(scores[b, j].detach() / thresholds[j])
-            if scores[b, j] > thresholds[j] and ratio > best:
+            ratio = float(scores[b, j].detach() / thresholds[b, j])
+            if scores[b, j] > thresholds[b, j] and ratio > best:
                 best, choice[b] = ratio, j
     return scores, choice
 
@@ -84,15 +85,15 @@ def sketched_route(a, dense, sketched, within, prompt_mask, thresholds, leverage
     exact = route(norms, prompt_mask, thresholds, leverage, reduction)[0]
     scores = route(rough, prompt_mask, thresholds, leverage, reduction)[0]
     choice = torch.full((len(prompt_mask),), -1)
-    for b in range(len(prompt_mask)):
-        rivals = [j for j in range(len(dense)) if high * scores[b, j] > thresholds[j]]
-        sure = [low * scores[b, j] / thresholds[j] for j in rivals if low * scores[b, j] > thresholds[j]]
-        rivals = [j for j in rivals if high * scores[b, j] / thresholds[j] >= max(sure, default=0)]
-        if len(rivals) > 1 or (rivals and low * scores[b, rivals[0]] <= thresholds[rivals[0]]):
+    for b, eps in enumerate(thresholds.expand(scores.shape)):
+        rivals = [j for j in range(len(dense)) if high * scores[b, j] > eps[j]]
+        sure = [low * scores[b, j] / eps[j] for j in rivals if low * scores[b, j] > eps[j]]
+        rivals = [j for j in rivals if high * scores[b, j] / eps[j] >= max(sure, default=0)]
+        if len(rivals) > 1 or (rivals and low * scores[b, rivals[0]] <= eps[rivals[0]]):
             scores[b, rivals] = exact[b, rivals]
-        rivals = [j for j in rivals if scores[b, j] > thresholds[j]]
+        rivals = [j for j in rivals if scores[b, j] > eps[j]]
         if rivals:
-            choice[b] = max(rivals, key=lambda j: scores[b, j] / thresholds[j])
+            choice[b] = max(rivals, key=lambda j: scores[b, j] / eps[j])
     return scores, choice
 
 

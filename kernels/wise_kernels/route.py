@@ -1,6 +1,7 @@
 """Routing of B sequences of T tokens to J memories from token norms [J, N], N = B T: score_j = mean (or max) of norms_j
 over the sequence's prompt tokens (eq. 3), over the root of its mean leverage_j [J, N] where that is given, then top-1
-(eq. 6): j* = argmax_j score_j / eps_j among those above eps_j. All on the device.
+(eq. 6): j* = argmax_j score_j / eps_j among those above eps_j. Thresholds are those of all sequences or of each, where
+infinity closes a memory. All on the device.
 """
 
 import torch
@@ -92,8 +93,9 @@ def check_route(
         raise ValueError(
             f"prompt_mask must be bool [B, T] with B T = {tokens}, got {prompt_mask.dtype} {tuple(prompt_mask.shape)}"
         )
-    if thresholds.dim() != 1 or thresholds.shape[0] != memories:
-        raise ValueError(f"thresholds must be [{memories}], got {tuple(thresholds.shape)}")
+    batch, each = prompt_mask.shape[0], thresholds.dim() == 2
+    if thresholds.dim() not in (1, 2) or thresholds.shape[-1] != memories or (each and thresholds.shape[0] != batch):
+        raise ValueError(f"thresholds must be [{memories}] or [{batch}, {memories}], got {tuple(thresholds.shape)}")
     if leverage is not None and tuple(leverage.shape) != (memories, tokens):
         raise ValueError(f"leverage must be [{memories}, {tokens}], got {tuple(leverage.shape)}")
     if reduction not in REDUCTIONS:
@@ -114,7 +116,8 @@ def route(
     Args:
         norms: [J, N] floating point, ||a_t D_j^T||_2 by token, sequence b in columns b*T:(b+1)*T. Not negative.
         prompt_mask: [B, T] bool, N = B T; True at prompt tokens. Padding never counts, whatever it holds.
-        thresholds: [J] eps_j >= 0. Infinity closes a memory.
+        thresholds: eps_j >= 0, [J] or by sequence [B, J]. Infinity closes a memory: it is not chosen, whatever
+            its tensors hold.
         leverage: [J, N] (see `leverage`). With it a score is in standard errors: over the root of the sequence's mean
             leverage, so that what a memory was not taught counts little, however loud. None scores as the paper does.
         reduction: "mean" or "max", over the prompt tokens, for the norms.

@@ -143,7 +143,7 @@ def sketched_route(
         bounds: [J + 1] int64 on the device of the bank; rows bounds[j]:bounds[j+1] belong to memory j.
         sketched: [R, s] of `sketch_values`.
         prompt_mask: [B, T] bool, N = B T; True at prompt tokens. Padding never counts, whatever it holds.
-        thresholds: [J] eps_j >= 0. Infinity closes a memory.
+        thresholds: eps_j >= 0, [J] or by sequence [B, J]. Infinity closes a memory.
         within: factors of `sketch_bound`.
         leverage, reduction: as in `route`.
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_banks import generator
-from test_route import INF, case
+from test_route import INF, by_sequence, case
 from tolerances import assert_fp32
 
 from wise_kernels import reference
@@ -43,6 +43,7 @@ def test_ragged_cases_match_the_definition(device, launches, poisoned):
         norms, mask, thresholds, leverage = case(memories, batch, tokens, seed, dtype)
         leverage = leverage if leveraged else None
         check(device, norms, mask, thresholds, leverage, reduction)
+        check(device, norms, mask, by_sequence(thresholds, batch, seed), leverage, reduction)
 
     run()
 
@@ -53,6 +54,7 @@ def test_many_memories_and_long_prompts(device, poisoned, memories, batch, token
     norms, mask, thresholds, leverage = case(memories, batch, tokens, memories)
     check(device, norms, mask, thresholds, None, reduction)
     check(device, norms, mask, thresholds, leverage, reduction)
+    check(device, norms, mask, by_sequence(thresholds, batch, 1), leverage, reduction)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "max"])
@@ -65,6 +67,8 @@ def test_padding_never_counts_and_strides_do_not_matter(device, launches, poison
     wide[:, 1:19:2] = mask
     strided = torch.stack([norms, norms], 1)[:, 0], wide[:, 1:19:2], torch.stack([thresholds, thresholds], 1)[:, 0]
     check(device, *strided, leverage.t().contiguous().t(), reduction)
+    check(device, norms, mask, by_sequence(thresholds, 4, 1).t().contiguous().t(), leverage, reduction)
+    check(device, norms, mask, thresholds.expand(4, 3), leverage, reduction)
 
 
 def test_degenerate_thresholds_and_ties(device, launches):

@@ -88,6 +88,35 @@ def test_what_a_memory_was_not_taught_counts_little_however_loud():
     assert scores.isfinite().all() and choice.tolist() == [0]
 
 
+def by_sequence(thresholds, batch, seed):
+    """Thresholds [B, J] of each sequence, some of them closed."""
+    closed = torch.rand(batch, len(thresholds), generator=generator(seed)) < 0.4
+    return (thresholds * torch.linspace(0.5, 1.5, batch)[:, None]).masked_fill(closed, INF)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 4), st.integers(1, 5), st.integers(1, 9), st.sampled_from(["mean", "max"]), st.integers(0, 2**20),
+    st.booleans(),
+)  # fmt: skip
+def test_every_sequence_may_have_its_own_thresholds(memories, batch, tokens, reduction, seed, leveraged):
+    norms, mask, thresholds, leverage = case(memories, batch, tokens, seed)
+    thresholds, leverage = by_sequence(thresholds, batch, seed), leverage if leveraged else None
+    scores, choice = route(norms, mask, thresholds, leverage, reduction)
+    scores_ref, choice_ref = reference.route(norms, mask, thresholds, leverage, reduction)
+    assert_fp32(scores, scores_ref)
+    assert torch.equal(choice, choice_ref)
+    for b in range(batch):  # as under these thresholds alone
+        assert route(norms, mask, thresholds[b], leverage, reduction)[1][b] == choice[b]
+
+
+def test_a_closed_memory_is_not_chosen_whatever_it_holds():
+    norms, mask = torch.tensor([[9.0, INF, float("nan")], [2.0, 2.0, 2.0]]), torch.ones(3, 1, dtype=torch.bool)
+    thresholds = torch.tensor([[INF, 1.0], [INF, INF], [INF, 1.0]])
+    assert route(norms, mask, thresholds)[1].tolist() == [1, -1, 1]
+    assert reference.route(norms, mask, thresholds)[1].tolist() == [1, -1, 1]
+
+
 @pytest.mark.parametrize("leveraged", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "max"])
 def test_scores_carry_the_gradient_of_the_definition(reduction, leveraged):
@@ -107,6 +136,7 @@ def test_opcheck_and_compile():
     norms, mask, thresholds, leverage = case(3, 2, 5, 3)
     opcheck(torch.ops.wise.route.default, (norms, mask, thresholds, leverage, "mean"))
     opcheck(torch.ops.wise.route.default, (norms.clone().requires_grad_(), mask, thresholds, None, "max"))
+    opcheck(torch.ops.wise.route.default, (norms.clone().requires_grad_(), mask, thresholds.expand(2, 3), None, "mean"))
     compiled = torch.compile(route, fullgraph=True, backend="aot_eager")
     for got, want in zip(compiled(norms, mask, thresholds), route(norms, mask, thresholds), strict=True):
         assert torch.equal(got, want)
@@ -118,6 +148,7 @@ def test_errors():
         "prompt_mask must be bool": (norms, mask.float(), thresholds),
         "B T = 10": (norms, mask[:1], thresholds),
         "thresholds must be": (norms, mask, thresholds[:1]),
+        r"thresholds must be \[3\] or \[2, 3\], got \(1, 3\)": (norms, mask, thresholds[None]),
         "leverage must be": (norms, mask, thresholds, leverage[:1]),
         "reduction must be": (norms, mask, thresholds, leverage, "sum"),
     }

@@ -80,6 +80,16 @@ def test_choices_are_those_of_exact_norms(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_every_sequence_may_have_its_own_thresholds(form):
+    (*bank, mask, thresholds), norms = case((9, 12, 30, 5), 3, 5)
+    each = thresholds * torch.tensor([[0.3, 3.0, 0.5, 1.1], [torch.inf, 0.4, 2.0, 0.6], [torch.inf] * 4])
+    scores, choice = form(*bank, mask, each, WITHIN)
+    assert torch.equal(choice, route(norms, mask, each)[1]) and len(set(choice.tolist())) > 1
+    for b in range(3):
+        assert choice[b] == form(*bank, mask, each[b], WITHIN)[1][b]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_only_open_pairs_are_computed(form):
     (a, values, columns, bounds, sketched, mask, thresholds), norms = case((20, 30, 7), 3, 5)
     scores = route(norms, mask, thresholds)[0]

@@ -16,7 +16,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Where `dependent` launches as such.
 PDL_TARGETS = ("sm_90", "sm_100")
 # Arguments that change from call to call: specialised on, they would compile again for 1 and for multiples of 16.
-SIZES = ("rows", "tokens", "memories", "batch")
+SIZES = ("rows", "tokens", "memories", "batch", "s_tb")
 
 
 def guard(tensor: Tensor) -> AbstractContextManager:

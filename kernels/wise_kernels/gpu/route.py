@@ -95,7 +95,7 @@ def reduce_tokens(
 @triton.jit(do_not_specialize=SIZES)
 def route_fwd_kernel(
     p_norms, p_mask, p_thresholds, p_leverage, p_scores, p_spread, p_choice,
-    memories, tokens, s_nj, s_nn, s_mb, s_mt, s_lj, s_ln,
+    memories, tokens, s_nj, s_nn, s_mb, s_mt, s_lj, s_ln, s_tb,
     MAX: tl.constexpr, LEVERAGE: tl.constexpr, KEEP: tl.constexpr, CHOOSE: tl.constexpr, LEAST: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -116,17 +116,18 @@ def route_fwd_kernel(
             tl.store(p_spread + b * memories + o_j, b_spread, mask=m_j)
     tl.store(p_scores + b * memories + o_j, b_score, mask=m_j)
     if CHOOSE:
-        b_rank, b_open = rank_of(b_score, p_thresholds, o_j, m_j)
+        b_rank, b_open = rank_of(b_score, p_thresholds + b * s_tb, o_j, m_j)
         _, chosen = best_of(b_rank, b_open, o_j, float("-inf"), -1)
         tl.store(p_choice + b, chosen.to(tl.int64))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def choose_fwd_kernel(
-    p_scores, p_states, p_thresholds, p_choice, memories, STATES: tl.constexpr, BLOCK_J: tl.constexpr
+    p_scores, p_states, p_thresholds, p_choice, memories, s_tb, STATES: tl.constexpr, BLOCK_J: tl.constexpr
 ):
     """The choice of a sequence from its scores [B, J]; with STATES, among those not 0."""
     b = tl.program_id(0).to(tl.int64)
+    p_thresholds += b * s_tb
     best = float("-inf")
     chosen = tl.full([], -1, tl.int64)
     for j in range(0, memories, BLOCK_J):
@@ -150,11 +151,17 @@ def config(memories: int, tokens: int) -> tuple[bool, int, int]:
     return False, SPLIT_J, SPLIT_T
 
 
+def by_sequence(thresholds: Tensor) -> int:
+    """Elements from a sequence's thresholds, contiguous [J] or [B, J], to the next one's."""
+    return thresholds.shape[1] if thresholds.dim() == 2 else 0
+
+
 def score(
     norms: Tensor, mask: Tensor, thresholds: Tensor, leverage: Tensor | None, maximum: bool,
     whole: bool, block_j: int, block_t: int, keep: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """scores [B, J], what they were divided by [B, J] if it is kept, and choice [B], written if one launch does."""
+    """scores [B, J], what they were divided by [B, J] if it is kept, and choice [B], written if one launch does;
+    thresholds are contiguous."""
     memories, (batch, tokens) = norms.shape[0], mask.shape
     scores = torch.empty(batch, memories, dtype=torch.float32, device=norms.device)
     spread = torch.empty_like(scores) if keep and leverage is not None else None
@@ -163,7 +170,7 @@ def score(
     with guard(norms):
         route_fwd_kernel[(batch, triton.cdiv(memories, block_j))](
             norms, mask, thresholds, leverage, scores, spread, choice,
-            memories, tokens, *norms.stride(), *mask.stride(), *strides,
+            memories, tokens, *norms.stride(), *mask.stride(), *strides, by_sequence(thresholds),
             MAX=maximum, LEVERAGE=leverage is not None, KEEP=spread is not None, CHOOSE=whole, LEAST=LEAST,
             BLOCK_J=block_j, BLOCK_T=block_t, num_warps=NUM_WARPS, **dependent(norms),
         )  # fmt: skip
@@ -171,10 +178,10 @@ def score(
 
 
 def choose(scores: Tensor, states: Tensor | None, thresholds: Tensor, choice: Tensor) -> None:
-    """Write choice [B] from scores [B, J] and states [B, J] int32 or None."""
+    """Write choice [B] from scores [B, J], states [B, J] int32 or None and contiguous thresholds."""
     with guard(scores):
         choose_fwd_kernel[(scores.shape[0],)](
-            scores, states, thresholds, choice, scores.shape[1],
+            scores, states, thresholds, choice, scores.shape[1], by_sequence(thresholds),
             STATES=states is not None, BLOCK_J=CHOOSE_J, num_warps=1,
         )  # fmt: skip
 

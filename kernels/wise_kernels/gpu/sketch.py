@@ -18,7 +18,7 @@ from .gated_add import POINTERS
 from .gated_rows import active_at, columns_at
 from .launch import SIZES, AotCase, guard, interpreted
 from .leverage import thin_norms
-from .route import choose, config, score
+from .route import by_sequence, choose, config, score
 
 # BLOCK_N, BLOCK_O, BLOCK_K, num_warps, num_stages
 FEW, MANY = (16, 32, 128, 4, 4), (64, 128, 64, 8, 3)
@@ -27,9 +27,10 @@ BLOCK_J, SETTLE_T = 32, 256
 
 
 @triton.jit(do_not_specialize=SIZES)
-def contend_fwd_kernel(p_states, p_scores, p_thresholds, low, high, memories, BLOCK_J: tl.constexpr):
+def contend_fwd_kernel(p_states, p_scores, p_thresholds, low, high, memories, s_tb, BLOCK_J: tl.constexpr):
     """states [B, J] of a sequence: 0 the memory cannot be chosen, 2 it is, 1 its exact score decides."""
     first = tl.program_id(0).to(tl.int64) * memories
+    p_thresholds += tl.program_id(0).to(tl.int64) * s_tb
     sure = float("-inf")
     for j in range(0, memories, BLOCK_J):
         o_j = j + tl.arange(0, BLOCK_J).to(tl.int64)
@@ -168,7 +169,9 @@ def sketched_route(
     scores, spread, choice = score(norms, mask, thresholds, leverage, maximum, False, block_j, block_t, keep=True)
     states = torch.empty(batch, memories, dtype=torch.int32, device=a.device)
     with guard(a):
-        contend_fwd_kernel[(batch,)](states, scores, thresholds, low, high, memories, BLOCK_J=BLOCK_J, num_warps=1)
+        contend_fwd_kernel[(batch,)](
+            states, scores, thresholds, low, high, memories, by_sequence(thresholds), BLOCK_J=BLOCK_J, num_warps=1
+        )
         if tokens:
             exact_scores(scores, spread, states, a, values, columns, bounds, mask, maximum)
     choose(scores, states, thresholds, choice)
