@@ -11,7 +11,7 @@ from wise_fast import WiseConfig
 from wise_fast.errors import ConfigError, WiseError
 
 SHARES = ("mask_ratio", "density", "act_ratio", "z_ratio")
-POSITIVE = ("lr", "protect_lambda", "protect_irrelevant", "near_limit", "clamp")
+POSITIVE = ("lr", "protect_lambda", "protect_irrelevant", "near_limit", "first_token", "clamp")
 NOT_NEGATIVE = ("alpha", "beta", "gamma", "margin_weight", "nll", "momentum", "weight_decay", "drop_rate")
 COUNTS = (
     "max_steps",

@@ -65,6 +65,13 @@ class TestScores:
 def test_row_mean_by_hand_with_an_empty_row():
     values, row = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([2, 0, 2])
     assert objective.row_mean(values, row, 4).tolist() == [2.0, 0.0, 3.5, 0.0]
+    weighted = objective.row_mean(values, row, 4, torch.tensor([4.0, 7.0, 1.0]))
+    assert weighted.tolist() == [2.0, 0.0, 2.0, 0.0]
+
+
+def test_the_first_label_of_each_row_weighs_more():
+    assert objective.answer_weight(torch.tensor([0, 0, 0, 2, 3, 3]), 5.0).tolist() == [5.0, 1.0, 1.0, 5.0, 5.0, 1.0]
+    assert objective.answer_weight(torch.tensor([], dtype=torch.int64), 5.0).tolist() == []
 
 
 class TestNll:

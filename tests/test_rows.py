@@ -54,6 +54,22 @@ class TestRows:
         torch.testing.assert_close(alone.key(0), among.key(1), rtol=1e-4, atol=1e-5)
         assert alone.taught([0]).shape == among.taught([1]).shape
 
+    def test_the_first_token_of_an_answer_weighs_more_in_its_loss(self):
+        editor = make_editor(prefixes=0, dropped=0, first_token=5.0)
+        trainer = make_trainer(editor, FACTS)
+        rows = trainer.rows
+        for group, places, response in unmoved(rows, rows.bare()):
+            (look,) = look_at([(group, places, response)], "mean", full=True)
+            batch = group.batch
+            with torch.no_grad():
+                output = editor.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            logp = output.logits.log_softmax(-1).flatten(0, 1)[batch.positions].gather(1, batch.labels[:, None])[:, 0]
+            for place, seen in zip(places, look.nll.tolist(), strict=True):
+                mine = -logp[batch.row == place]
+                assert len(mine) > 1 and seen == pytest.approx(
+                    float((4 * mine[0] + mine.sum()) / (4 + len(mine))), rel=1e-4
+                )
+
     def test_labels_of_every_row_know_the_rest_of_the_vocabulary(self):
         trainer = make_trainer(make_editor(prefixes=3, dropped=1), FACTS)
         parts = unmoved(trainer.rows, [0, 5, 10, 15])

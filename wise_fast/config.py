@@ -37,6 +37,8 @@ class WiseConfig:
             holds if it is at most 1.5 times this when the batch is judged (on the bare prompt over the whole
             vocabulary, on the others over its likely part; less than 0.05 counts as that); 0 never stops early (a fixed
             number of steps, as in the paper).
+        first_token: weight of an answer's first token in the mean NLL, beside 1 of each later one: those are read off the
+            right tokens before them, so the first carries the edit.
         prefixes, prefix_tokens: augmentation texts that the model generates itself, and their length.
         dropped, drop_rate: augmented prompts that lack a random share of their words (never the subject's).
         prefixes_per_step: how many augmented prompts each step draws beside the bare one, or of the longer ones alone
@@ -83,6 +85,7 @@ class WiseConfig:
     max_steps: int = 40
     min_steps: int = 3
     nll: float = 0.1
+    first_token: float = 5.0
     prefixes: int = 3
     prefix_tokens: int = 6
     prefixes_per_step: int = 2
@@ -119,7 +122,7 @@ class WiseConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
         for name in ("mask_ratio", "density", "act_ratio", "z_ratio"):
             self._require(name, lambda v: 0 < v <= 1, "above 0 and at most 1")
-        for name in ("lr", "protect_lambda", "near_limit"):
+        for name in ("lr", "protect_lambda", "near_limit", "first_token"):
             self._require(name, lambda v: v > 0, "above 0")
         for name in ("alpha", "beta", "gamma", "margin_weight", "nll", "weight_decay"):
             self._require(name, lambda v: v >= 0, "at least 0")
@@ -160,6 +163,7 @@ class WiseConfig:
             lr=1.0,
             max_steps=70,
             nll=0.0,
+            first_token=1.0,
             prefixes=10,
             prefix_tokens=10,
             prefixes_per_step=10,

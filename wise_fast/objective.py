@@ -23,10 +23,26 @@ def restricted_nll(logits: Tensor, labels: Tensor, rest: Tensor) -> Tensor:
     return total - logits.gather(1, labels[:, None])[:, 0]
 
 
-def row_mean(values: Tensor, row: Tensor, rows: int) -> Tensor:
-    """Mean of [M] values over the entries of each row, [rows]; a row without entries gives 0."""
-    total = values.new_zeros(rows).index_add(0, row, values)
-    return total / torch.bincount(row, minlength=rows).clamp_min(1)
+def row_mean(values: Tensor, row: Tensor, rows: int, weight: Tensor | None = None) -> Tensor:
+    """Mean of [M] values over the entries of each row, [rows], by `weight` [M] where given (positive); a row without
+    entries gives 0."""
+    if weight is None:
+        weight = torch.ones_like(values)
+    total = values.new_zeros(rows).index_add(0, row, values * weight)
+    count = values.new_zeros(rows).index_add(0, row, weight)
+    return total / torch.where(count > 0, count, 1.0)
+
+
+def answer_weight(row: Tensor, first: float) -> Tensor:
+    """Weight of each label [M] in its row's NLL, given the rows of the labels, in order: `first` for the first of a
+    row, 1 for the others.
+
+    The first token of an answer carries the edit: under teacher forcing it is read off the prompt alone, while the
+    others follow from the right tokens before them.
+    """
+    begins = torch.ones_like(row, dtype=torch.bool)
+    begins[1:] = row[1:] != row[:-1]
+    return torch.where(begins, first, 1.0)
 
 
 def row_max(values: Tensor, row: Tensor, rows: int) -> Tensor:

@@ -28,7 +28,7 @@ class Look:
     """What a forward said of some rows.
 
     Attributes:
-        nll: [b] mean NLL of each row's labels.
+        nll: [b] mean NLL of each row's labels, weighted as in the loss.
         score: [b] routing score.
         right: [b] bool, every label is the argmax.
         logits: [M, V] at the labels' positions.
@@ -66,16 +66,18 @@ class Group:
         batch, capture: of these rows.
         selected, features, before: per token [n*T, K or d_ff]: what the memory reads, the same protected, and the
             response [n*T, d_out] of what the memory held; the latter two as of the row's last `begin`.
+        weight: [M] of each label in its row's NLL.
         likely, head: part of the vocabulary that steps compute, and its weights; None for all of it.
     """
 
-    def __init__(self, tail: Tail, memory: SideMemory, numbers: list[int], batch: Batch):
+    def __init__(self, tail: Tail, memory: SideMemory, numbers: list[int], batch: Batch, first_token: float = 1.0):
         self.tail, self.numbers, self.batch = tail, numbers, batch
         self.capture = tail.capture(batch.input_ids, batch.attention_mask)
         self.lengths = batch.attention_mask.sum(1).tolist()
         self.selected = memory.select(self.capture.a)
         self.features = torch.zeros_like(self.selected)
         self.before = self.selected.new_zeros(len(self.selected), memory.shape[0])
+        self.weight = objective.answer_weight(batch.row, first_token)
         self.likely: Likely | None = None
         self.head: tuple[Tensor, Tensor | None] | None = None
 
@@ -138,7 +140,7 @@ class Group:
         right = objective.row_mean((logits.argmax(-1) == wanted).float(), row, count) > 0.999
         mask = self.batch.prompt_mask[torch.tensor(places, device=response.device), : self.width(places)]
         score = objective.scores(response, mask, reduction)
-        return Look(objective.row_mean(nll, row, count), score, right, logits, chosen)
+        return Look(objective.row_mean(nll, row, count, self.weight[chosen]), score, right, logits, chosen)
 
     def labels(self, places: Sequence[int], full: bool) -> Labels:
         """Of these rows; all of the vocabulary also where no part of it was chosen."""
@@ -158,13 +160,21 @@ class Rows:
 
     Args:
         examples: per edit its rows, the bare prompt first; every edit has the same number.
+        first_token: weight of an answer's first token in its row's NLL.
 
     Attributes:
         kinds: the variants of like length, those with the bare prompt first.
         groups: the rows in few groups, shortest first, so that little is padded.
     """
 
-    def __init__(self, tail: Tail, memory: SideMemory, examples: Sequence[Sequence[Example]], pad: int):
+    def __init__(
+        self,
+        tail: Tail,
+        memory: SideMemory,
+        examples: Sequence[Sequence[Example]],
+        pad: int,
+        first_token: float = 1.0,
+    ):
         self.edits, self.variants = len(examples), len(examples[0])
         self.kinds = _kinds(examples)
         self._distinct = [[v for v, row in enumerate(rows) if row not in rows[:v]] for rows in examples]
@@ -174,7 +184,7 @@ class Rows:
         for places in buckets(lengths, _PER_GROUP):
             numbers = [kept[place] for place in places]
             batch = collate([rows[n] for n in numbers], pad, memory.values.device)
-            self.groups.append(Group(tail, memory, numbers, batch))
+            self.groups.append(Group(tail, memory, numbers, batch, first_token))
         self._place = {n: (group, i) for group in self.groups for i, n in enumerate(group.numbers)}
 
     def split(self, numbers: Sequence[int]) -> list[tuple[Group, list[int]]]:

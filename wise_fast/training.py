@@ -45,7 +45,7 @@ class Fit:
         values: the shard's new values.
         p: the shard's protection matrix with these edits absorbed, or None.
         keys: per edit, [n_e, K] activations of the bare prompt, for thresholds.
-        steps, first, last, success: per edit; losses are mean token NLL.
+        steps, first, last, success: per edit; losses are mean token NLL, weighted as in the loss.
     """
 
     values: Tensor
@@ -82,7 +82,7 @@ class Trainer:
         pad: int,
     ):
         self.memory, self.p, self.config, self.unit, self.generator = memory, p, config, unit, generator
-        self.rows = Rows(tail, memory, examples, pad)
+        self.rows = Rows(tail, memory, examples, pad, config.first_token)
         self.count, self.variants = self.rows.edits, self.rows.variants
         self.quiet = Quiet(quiet, memory, p, config, unit)
         self.lr = self._learning_rate()
