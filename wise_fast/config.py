@@ -37,8 +37,8 @@ class WiseConfig:
             holds if it is at most 1.5 times this when the batch is judged (on the bare prompt over the whole
             vocabulary, on the others over its likely part; less than 0.05 counts as that); 0 never stops early (a fixed
             number of steps, as in the paper).
-        first_token: weight of an answer's first token in the mean NLL, beside 1 of each later one: those are read off the
-            right tokens before them, so the first carries the edit.
+        first_token: weight of an answer's first token in the mean NLL, beside 1 of each later one: those are read off
+            the right tokens before them, so the first carries the edit.
         prefixes, prefix_tokens: augmentation texts that the model generates itself, and their length.
         dropped, drop_rate: augmented prompts that lack a random share of their words (never the subject's).
         prefixes_per_step: how many augmented prompts each step draws beside the bare one, or of the longer ones alone
