@@ -31,9 +31,9 @@ def files(tmp_path_factory):
     root = tmp_path_factory.mktemp("distributed")
     saved_model(root / "model")
     (root / "edits.json").write_text(json.dumps([edit.to_dict() for edit in STREAM]))
-    names = ("lr", "mask_ratio", "prefixes", "prefix_tokens", "max_steps", "nll", "dropped", "near", "batch_size")
-    settings = [part for name in names for part in ("--set", f"{name}={getattr(CONFIG, name)}")]
-    options = ["--model", root / "model", "--edits", root / "edits.json", "--shard-size", SIZE, *settings]
+    (root / "settings.json").write_text(json.dumps(CONFIG.to_dict()))
+    named = {"model": "model", "edits": "edits.json", "config": "settings.json"}
+    options = [part for name, file in named.items() for part in (f"--{name}", root / file)] + ["--shard-size", SIZE]
     return root, [str(option) for option in options]
 
 
@@ -61,7 +61,9 @@ def torchrun(fault, *options, cwd=ROOT):
 
 
 def memories(out):
-    return (out / PACK / storage.MEMORY).read_bytes()
+    """A pack's tensors, and what is told of them."""
+    header = json.loads((out / PACK / storage.CONFIG).read_text())
+    return (out / PACK / storage.MEMORY).read_bytes(), header["memories"], header["state"]
 
 
 def reports(out):

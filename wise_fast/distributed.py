@@ -7,6 +7,7 @@ one process, whatever N is, and it is what one editor gives that learns everythi
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ class Outcome:
         reports: of the edits that were not superseded, in order.
         taken_up: shards that were finished before this run began.
         carried: shards that came over the network, from ranks that do not share rank 0's file system.
+        seconds: wall time from the first edit to the last of all ranks.
         digest: of the final state, see `checkpoint.Digester`.
     """
 
@@ -33,6 +35,7 @@ class Outcome:
     reports: list[EditReport]
     taken_up: int
     carried: int
+    seconds: float
     digest: str
 
 
@@ -65,6 +68,7 @@ def distribute(shards: Shards, ranks: Ranks, watch: Callable[[int], None] | None
         ranks.wait(f"claimed/{rank}")
     taken_up = sum(map(shards.present, range(shards.count)))
     ranks.wait("looked")  # before anything is added
+    start = time.perf_counter()
     for number in range(ranks.rank, shards.count, ranks.size):
         ranks.at(shards.name(number))
         if shards.finished(number) is None:
@@ -73,12 +77,13 @@ def distribute(shards: Shards, ranks: Ranks, watch: Callable[[int], None] | None
             advance(len(shards.edits_of(number)))
     ranks.at("the end of its shards")
     ranks.wait("filled", look)
-    outcome = _joined(shards, ranks, taken_up)
+    seconds = time.perf_counter() - start
+    outcome = _joined(shards, ranks, taken_up, seconds)
     ranks.wait("saved")
     return outcome
 
 
-def _joined(shards: Shards, ranks: Ranks, taken_up: int) -> Outcome | None:
+def _joined(shards: Shards, ranks: Ranks, taken_up: int, seconds: float) -> Outcome | None:
     """Bring to rank 0's directory the shards that are not there, and let rank 0 save them all."""
     states = {}
     if ranks.first:
@@ -98,7 +103,7 @@ def _joined(shards: Shards, ranks: Ranks, taken_up: int) -> Outcome | None:
     if not ranks.first:
         return None
     digest = shards.save([states[number] for number in range(shards.count)])
-    return Outcome(shards.out / PACK, shards.editor.edits, taken_up, len(absent), digest)
+    return Outcome(shards.out / PACK, shards.editor.edits, taken_up, len(absent), seconds, digest)
 
 
 def main() -> None:

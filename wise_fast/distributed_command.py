@@ -84,6 +84,7 @@ def distributed(
             "shards": shards.count,
             "taken_up": outcome.taken_up,
             "carried": outcome.carried,
+            "wall_seconds": outcome.seconds,
             "memories": len(editor.memories),
             "digest": outcome.digest,
             "pack": str(outcome.pack),
