@@ -28,6 +28,7 @@ class Outcome:
         taken_up: shards that were finished before this run began.
         carried: shards that came over the network, from ranks that do not share rank 0's file system.
         seconds: wall time from the first edit to the last of all ranks.
+        memories: that are served.
         digest: of the final state, see `checkpoint.Digester`.
     """
 
@@ -36,6 +37,7 @@ class Outcome:
     taken_up: int
     carried: int
     seconds: float
+    memories: int
     digest: str
 
 
@@ -103,7 +105,10 @@ def _joined(shards: Shards, ranks: Ranks, taken_up: int, seconds: float) -> Outc
     if not ranks.first:
         return None
     digest = shards.save([states[number] for number in range(shards.count)])
-    return Outcome(shards.out / PACK, shards.editor.edits, taken_up, len(absent), seconds, digest)
+    editor = shards.editor
+    return Outcome(
+        shards.out / PACK, editor.edits, taken_up, len(absent), seconds, memories=len(editor.memories), digest=digest
+    )
 
 
 def main() -> None:

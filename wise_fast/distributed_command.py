@@ -11,7 +11,7 @@ import typer
 from wise_fast import display
 from wise_fast.commands import Device, Dtype, Irrelevant, Json, Limit, Model, Quiet, Seed, Verbose
 from wise_fast.settings import build_config
-from wise_fast.terminal import terminal
+from wise_fast.terminal import Terminal, terminal
 
 _EXIT_CODES = (
     "Exit codes: 0 fine, also where some edits failed: the summary counts them, and torchrun takes all others for a "
@@ -74,29 +74,20 @@ def distributed(
             it.kept = "finished shards are kept, and the same command goes on from there"
             with it.bar("editing", len(shards.edits)) as watch:
                 outcome = distribute(shards, ranks, watch)
-            size = ranks.size
-        if outcome is None:
-            return
-        summary = actions.summary(outcome.reports) | {
-            "given": len(chosen),
-            "superseded": shards.superseded,
-            "processes": size,
-            "shards": shards.count,
-            "taken_up": outcome.taken_up,
-            "carried": outcome.carried,
-            "wall_seconds": outcome.seconds,
-            "memories": len(editor.memories),
-            "digest": outcome.digest,
-            "pack": str(outcome.pack),
-        }
-        it.emit(
-            {
-                "command": "distributed",
-                "model": model,
-                "config": values.to_dict(),
-                "edits": [report.to_dict() for report in outcome.reports],
-                "summary": summary,
-            },
-            display.edits_table(outcome.reports),
-            display.pairs_table("summary", summary),
-        )
+        if outcome is not None:
+            processes = {"given": len(chosen), "superseded": shards.superseded, "processes": ranks.size}
+            _show(it, outcome, {"model": model, "config": values.to_dict()}, processes | {"shards": shards.count})
+
+
+def _show(it: Terminal, outcome, run: dict, counts: dict) -> None:
+    """What came of a run, whose settings and counts these are."""
+    from wise_fast import actions
+
+    summary = actions.summary(outcome.reports) | counts
+    summary |= {name: getattr(outcome, name) for name in ("taken_up", "carried", "memories", "digest")}
+    summary |= {"wall_seconds": outcome.seconds, "pack": str(outcome.pack)}
+    it.emit(
+        {"command": "distributed", **run, "edits": [r.to_dict() for r in outcome.reports], "summary": summary},
+        display.edits_table(outcome.reports),
+        display.pairs_table("summary", summary),
+    )
