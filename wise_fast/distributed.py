@@ -90,7 +90,8 @@ def _joined(shards: Shards, ranks: Ranks, taken_up: int, seconds: float) -> Outc
     states = {}
     if ranks.first:
         ranks.at(f"joining the shards in {shards.out / PACK}")
-        states = {number: shards.finished(number) for number in range(shards.count)}
+        for number in range(shards.count):
+            states[number] = shards.finished(number) if number % ranks.size else shards.load(number)
         ranks.publish("absent", [number for number, state in states.items() if state is None])
     ranks.wait("listed")
     absent = ranks.published("absent")
@@ -98,7 +99,7 @@ def _joined(shards: Shards, ranks: Ranks, taken_up: int, seconds: float) -> Outc
         source = number % ranks.size
         if ranks.first:
             shards.unpack(number, {name: ranks.carry(None, source) for name in FILES})
-            states[number] = shards.finished(number)
+            states[number] = shards.load(number)
         elif ranks.rank == source:
             for data in shards.pack_up(number).values():
                 ranks.carry(data, source)

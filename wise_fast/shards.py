@@ -109,15 +109,19 @@ class Shards:
         return batches in checkpoints.numbers()
 
     def finished(self, number: int) -> EditorState | None:
-        """What a shard became, its edits counted from 0; None where it is not on the disk, or damaged (a warning)."""
+        """As `load`; None where the shard is not on the disk, or is damaged (a warning)."""
         if not self.present(number):
             return None
-        checkpoints, batches = self._files(number)
         try:
-            return checkpoints.load(batches, self.editor.device)[0]
+            return self.load(number)
         except StorageError as error:
             logger.warning("%s; %s is filled once more", error, self.name(number))
             return None
+
+    def load(self, number: int) -> EditorState:
+        """What a finished shard became, its edits counted from 0. StorageError where it is missing or damaged."""
+        checkpoints, batches = self._files(number)
+        return checkpoints.load(batches, self.editor.device)[0]
 
     def fill(self, number: int, advance: Callable[[int], None]) -> None:
         """Learn a shard's edits and put it on the disk; `advance` is told how many edits each batch had.
