@@ -22,7 +22,11 @@ from wise_fast.shards import PACK, SHARDS
 ROOT = Path(__file__).resolve().parents[1]
 STREAM = [*EDITS, Edit("River of Milan:", "J"), Edit("River of Kiel:", "K", irrelevant="River of Oslo:")]
 SIZE, COUNT = 3, 4  # a batch that ends with its shard, and a last shard that is not full
-MODES = ("retrieve", "merge")
+MODES = {
+    "retrieve": {"mode": "retrieve"},
+    "merge": {"mode": "merge"},
+    "regmean": {"mode": "merge", "merging": "regmean", "mask_ratio": 1.0},
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +46,10 @@ def alone(files):
     """Directories of runs by one process, by mode, and what they printed."""
     root, options = files
     found = {}
-    for mode in MODES:
+    for mode, changes in MODES.items():
         out = root / f"alone-{mode}"
-        result = CliRunner().invoke(app, [*options, "--mode", mode, "--out", str(out), "--json"])
+        changed = [part for name, value in changes.items() for part in ("--set", f"{name}={value}")]
+        result = CliRunner().invoke(app, [*options, *changed, "--out", str(out), "--json"])
         assert result.exit_code == 0, (result.stdout, result.stderr, result.exception)
         found[mode] = out, json.loads(result.stdout)
     return found
@@ -79,16 +84,16 @@ def finished(out):
 @pytest.mark.parametrize("mode", MODES)
 def test_one_process_gives_what_one_editor_gives_in_turn(mode, files, alone, tmp_path):
     out, printed = alone[mode]
-    editor = WiseEditor(*load_model(files[0] / "model"), CONFIG.replace(shard_size=SIZE, shards=99, mode=mode))
+    editor = WiseEditor(*load_model(files[0] / "model"), CONFIG.replace(shard_size=SIZE, shards=99, **MODES[mode]))
     editor.edit(STREAM)
     state = merging.close_shard(editor.state, editor.config)
-    if mode == "merge":
+    if mode != "retrieve":
         state = merging.merge_closed(state, editor.config)
     editor.state = state
     editor.save_pretrained(tmp_path / PACK)
     assert memories(tmp_path) == memories(out) and reports(tmp_path) == reports(out)
     assert printed["summary"]["digest"] == Digester().digest(state)
-    assert printed["summary"]["memories"] == (1 if mode == "merge" else COUNT)
+    assert printed["summary"]["memories"] == (COUNT if mode == "retrieve" else 1)
     assert printed["summary"]["shards"] == COUNT and printed["summary"]["superseded"] == 1
     assert len(load_file(out / PACK / storage.MEMORY)) > 1 and finished(out) == [f"00000{n}" for n in (1, 2, 3, 4)]
 
