@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from bench import dense, measure, memory, quality, records, run, serving
+from bench import dense, distributed, measure, memory, quality, records, run, serving
 from bench.records import ROW_COLUMNS, Row
 from tests.tiny import tiny_model, tiny_tokenizer
 from wise_fast import WiseConfig, WiseEditor
@@ -188,6 +188,20 @@ def test_folded_edits_beside_routed_ones(capsys, source, tmp_path, little_to_rea
     assert all(row["ratio"] in (None, 1.0) for row in rows if "routed" in row["case"])
     assert value(rows, "perplexity_after", "ties") != value(rows, "perplexity_after", "sum")
     assert len(records.read(tmp_path / "dense.csv")) == len(rows)
+
+
+def test_processes_take_turns_and_must_agree(capsys, tmp_path, monkeypatch):
+    def timed(options, count, edits, out):
+        digest = "same" if options.limit > 1 else str(count)
+        return {"wall_seconds": 8 / count, "digest": digest, "shards": 2}, 10.0
+
+    monkeypatch.setattr(distributed, "timed", timed)
+    distributed.main(["--rounds", "2", "--out", str(tmp_path), "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["value"] for row in rows] == [8, 10, 1, 4, 10, 2] and rows[3]["ratio"] == 0.5
+    assert len(records.read(tmp_path / "distributed.csv")) == len(rows)
+    with pytest.raises(SystemExit, match="changes what comes out"):
+        distributed.main(["--limit", "1", "--out", str(tmp_path)])
 
 
 def test_a_quality_run_with_generation_has_exact_matches(setting):

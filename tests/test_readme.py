@@ -10,6 +10,7 @@ import typer
 
 from tests.tiny import tiny_model, tiny_tokenizer
 from wise_fast import (  # noqa: F401  most register their commands
+    distributed_command,
     export_command,
     harness_command,
     models,
@@ -68,6 +69,17 @@ def test_commands_parse(arguments):
     build_config(None, values.get("settings") or ())
 
 
+@pytest.mark.parametrize("arguments", shell("torchrun"), ids=" ".join)
+def test_distributed_commands_parse(arguments):
+    from torch.distributed.run import get_args_parser
+
+    given = get_args_parser().parse_args(arguments)
+    assert given.module and given.training_script == "wise_fast.distributed"
+    command = typer.main.get_command(distributed_command.app)
+    values = command.make_context("distributed", given.training_script_args).params
+    build_config(None, (), mode=values["mode"], shard_size=values["shard_size"])
+
+
 @pytest.mark.parametrize("words", INLINE, ids=" ".join)
 def test_options_in_passing_exist(words):
     names = [words[1]] if words[0] == "wise-fast" else COMMANDS
@@ -89,4 +101,9 @@ def test_make_targets_exist():
 
 def test_what_is_here_was_found():
     """The patterns above still fit the README."""
-    assert len(shell("wise-fast")) >= 8 and len(shell(".venv/bin/python", "-m")) >= 3 and len(INLINE) >= 5
+    assert (
+        len(shell("wise-fast")) >= 8
+        and shell("torchrun")
+        and len(shell(".venv/bin/python", "-m")) >= 3
+        and len(INLINE) >= 5
+    )

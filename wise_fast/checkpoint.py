@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT, VERSION = "wise_fast checkpoint", 2
 FACTS, TENSORS = "state.json", "state.safetensors"
-_FILES = (FACTS, TENSORS)
+FILES = (FACTS, TENSORS)
 _KEPT = 2
 
 
@@ -97,7 +97,7 @@ class Checkpoints:
             "sha256": _sha256(data[TENSORS]),
         }
         data[FACTS] = _encode(header | {"checksum": _sha256(_encode(header))})
-        write_directory(self._path(number), data, _FILES)
+        write_directory(self.path(number), data, FILES)
         self._prune(number)
 
     def load(self, number: int, device: torch.device | str = "cpu") -> tuple[EditorState, str]:
@@ -106,8 +106,8 @@ class Checkpoints:
         Raises:
             StorageError: it is missing, incomplete, damaged or of another version.
         """
-        path = self._path(number)
-        files = read_directory(path, _FILES)
+        path = self.path(number)
+        files = read_directory(path, FILES)
         try:
             header = json.loads(files[FACTS])
             content = {name: value for name, value in header.items() if name != "checksum"}
@@ -145,16 +145,17 @@ class Checkpoints:
                 continue
             if digest == digests[number - 1]:
                 return number, state
-            logger.warning("%s: is not of this run; going back to an earlier one", self._path(number))
+            logger.warning("%s: is not of this run; going back to an earlier one", self.path(number))
         return 0, EditorState()
 
-    def _path(self, number: int) -> Path:
+    def path(self, number: int) -> Path:
+        """The directory of the checkpoint after `number` batches."""
         return self.directory / f"{number:06d}"
 
     def _prune(self, number: int) -> None:
         """Drop all but `number` and the one before it, and what killed writers left."""
         before = [n for n in self.numbers() if n < number]
-        kept = {self._path(n).name for n in [*before[1 - _KEPT :], number]}
+        kept = {self.path(n).name for n in [*before[1 - _KEPT :], number]}
         with suppress(OSError):  # what could not be removed now is removed next time
             for path in self.directory.iterdir():
                 if path.name not in kept and (path.name.isdecimal() or path.name.endswith((".wise-new", ".wise-old"))):

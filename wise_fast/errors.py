@@ -23,3 +23,7 @@ class PackError(WiseError, ValueError):
 
 class StorageError(WiseError, OSError):
     """A saved directory cannot be written, or cannot be trusted."""
+
+
+class RankError(WiseError, RuntimeError):
+    """A process of a distributed run failed or is gone, so the others stop as well."""

@@ -24,13 +24,16 @@ def close_shard(state: EditorState, config: WiseConfig) -> EditorState:
         return state.replace(merged=(*state.merged, memory), shard=None)
     if config.merging == "regmean":
         memory = memory.replace(taught=_taught(state.shard, {i for i, r in enumerate(state.reports) if r.success}))
-    closed = (*state.closed, memory)
-    if len(closed) < config.shards:
-        return state.replace(closed=closed, shard=None)
-    memories = (*state.merged, *closed)
+    state = state.replace(closed=(*state.closed, memory), shard=None)
+    return state if len(state.closed) < config.shards else merge_closed(state, config)
+
+
+def merge_closed(state: EditorState, config: WiseConfig) -> EditorState:
+    """The state with all closed shards, and what was merged before, in one memory (mode "merge")."""
+    memories = (*state.merged, *state.closed)
     merge = merge_by_covariance if config.merging == "regmean" else _merge_by_ties
     merged = merge(memories, config)
-    return state.replace(merged=merged, closed=(), shard=None, merges=state.merges + (len(merged) < len(memories)))
+    return state.replace(merged=merged, closed=(), merges=state.merges + (len(merged) < len(memories)))
 
 
 def _merge_by_ties(memories: Sequence[SideMemory], config: WiseConfig) -> tuple[SideMemory, ...]:

@@ -49,7 +49,7 @@ def load_model(
     Raises ConfigError for an unknown dtype or device, StorageError if there is no loadable causal language model
     under that name or the cache cannot be written, WiseError if the demo model's packages are not installed.
     """
-    dtype, device = _checked_dtype(dtype), _checked_device(device)
+    dtype, device = _checked_dtype(dtype), checked_device(device)
     if str(name_or_path) in DEMO_NAMES:
         source = _demo_directory()
     else:
@@ -86,7 +86,8 @@ def _checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return found
 
 
-def _checked_device(device: str | torch.device | None) -> torch.device | None:
+def checked_device(device: str | torch.device | None) -> torch.device | None:
+    """The device of that name; None for None. ConfigError if there is none."""
     if device is None:
         return None
     try:

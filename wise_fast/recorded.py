@@ -113,8 +113,10 @@ def read_run(directory: Path) -> Run:
     return Run(directory, str(header.get("method", directory.name)), header, tuple(batches), evaluations, tuple(notes))
 
 
-def read_header(directory: Path) -> dict:
-    """What `run.json` says of the run in `directory`. StorageError where there is none that this version reads."""
+def read_header(directory: Path, kind: str = FORMAT) -> dict:
+    """What `run.json` says of the run of this kind in `directory`. StorageError where there is none that this version
+    reads.
+    """
     path = directory / HEADER
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
@@ -122,8 +124,8 @@ def read_header(directory: Path) -> dict:
         raise StorageError(f"{path}: cannot be read ({error.strerror}); name a directory of a run") from error
     except ValueError as error:
         raise StorageError(f"{path}: is damaged ({error}); restore it from a copy") from None
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise StorageError(f"{path}: is not the header of a run: its format is not {FORMAT!r}")
+    if not isinstance(header, dict) or header.get("format") != kind:
+        raise StorageError(f"{path}: is not the header of such a run: its format is not {kind!r}")
     if header.get("version") != VERSION:
         raise StorageError(
             f"{path}: has version {header.get('version')!r}, this wise_fast reads {VERSION}; use the one that wrote it"
