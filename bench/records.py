@@ -233,12 +233,16 @@ def _shown(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the latest run of each file of results."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.records", description="show the latest recorded figures")
     parser.add_argument("files", nargs="*", type=Path, help=f"CSV files (default: all in {RESULTS})")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the latest run of each file of results."""
+    options = parse(arguments)
     for path in options.files or sorted(RESULTS.glob("*.csv")):
         rows = read(path)
         latest = [row for row in rows if row["date"] == rows[-1]["date"]]

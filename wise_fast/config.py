@@ -72,6 +72,9 @@ class WiseConfig:
             the protected update.
         undo_depth: batches that `rollback` can take back without a checkpoint.
         seed: of masks, prefixes and the order of augmentations.
+
+    Raises:
+        ConfigError: a value is out of its range, or settings do not go together; the setting is named.
     """
 
     layer: int | None = None
@@ -155,7 +158,7 @@ class WiseConfig:
 
     @classmethod
     def paper(cls, **changes) -> WiseConfig:
-        """The paper's hyper-parameters (WISE, section 4.1 and appendix A), for comparison."""
+        """The paper's hyper-parameters (WISE, section 4.1 and appendix A), for comparison; `changes` are set on top."""
         values = dict(
             layout="element",
             mask_ratio=0.2,
@@ -184,15 +187,16 @@ class WiseConfig:
         return cls(**(values | changes))
 
     def replace(self, **changes) -> WiseConfig:
-        """A copy with some values changed."""
+        """A copy with these `changes`, checked anew."""
         return replace(self, **changes)
 
     def to_dict(self) -> dict:
+        """All settings by name, JSON values only; `from_dict` restores an equal config."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict) -> WiseConfig:
-        """Read a dict of settings; an unknown name is a ConfigError that suggests the nearest."""
+        """Settings from `values`, defaults elsewhere; an unknown name is a ConfigError that suggests the nearest."""
         known = [f.name for f in fields(cls)]
         for name in values:
             if name not in known:

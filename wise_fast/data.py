@@ -31,13 +31,25 @@ class Locality:
 
 @dataclass(frozen=True)
 class Edit:
-    """One fact to teach: `prompt` is to be answered by `target`. Blank texts raise EditDataError.
+    """One fact to teach: `prompt` is to be answered by `target`.
 
-    rephrases: paraphrases of the prompt, for generalization. ood_prompts: out-of-distribution passages (temporal
-    task). locality: unrelated prompts, for measuring only. irrelevant: text for the margin loss (paper, eq. 5).
-    truth: the answer that `target` replaces, for measuring only (CounterFact compares the two).
     Prompts (prompt, rephrases, locality) are text or chat messages, [{"role": "user", "content": ...}]; editing and
-    evaluating render those with the tokenizer's chat template. messages: what a rendered `prompt` was made of.
+    evaluating render those with the tokenizer's chat template.
+
+    Attributes:
+        prompt: the question, or the beginning of a sentence.
+        target: its new answer; the space between the two need not be given.
+        subject: what the prompt is about, a part of it; guessed from capitals when None.
+        rephrases: paraphrases of the prompt, for generalization.
+        ood_prompts: out-of-distribution passages (temporal task).
+        locality: unrelated prompts, for measuring only.
+        irrelevant: text for the margin loss (paper, eq. 5).
+        id: a name of the edit, for reports.
+        truth: the answer that `target` replaces, for measuring only (CounterFact compares the two).
+        messages: what a rendered `prompt` was made of.
+
+    Raises:
+        EditDataError: a text is blank or no text, or a list is none.
     """
 
     prompt: str | Messages
@@ -103,12 +115,21 @@ class Superseded:
 def load_edits(
     path: str | os.PathLike, *, limit: int | None = None, irrelevant: str | os.PathLike | None = None
 ) -> list[Edit]:
-    """The edits of a JSON list or JSON Lines file (told by its content), each record in any known format.
+    """The edits of a file, each record in any format that `wise_fast.formats` knows.
 
-    limit: read the first `limit` records only; later ones are not checked. irrelevant: a partner file with as many
-    records, as the hallucination and temporal sets have; each gives the edit in its place its `irrelevant` text, which
-    is its own such text, or else its first locality prompt with the answer. Raises EditDataError, naming file, record
-    (from 1), line (JSON Lines) and field.
+    Args:
+        path: a JSON list or JSON Lines, told by its content: canonical records, EasyEdit requests, MEND's ZsRE or
+            CounterFact.
+        limit: read so many records from the beginning only; later ones are not checked. All when None.
+        irrelevant: a partner file with as many records, as the hallucination and temporal sets have; each gives the
+            edit in its place its `irrelevant` text, which is its own such text, or else its first locality prompt with
+            the answer.
+
+    Returns:
+        One edit a record, in order.
+
+    Raises:
+        EditDataError: the file or a record is not usable; file, record (from 1), line (JSON Lines) and field are named.
     """
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise EditDataError(f"limit: expected a whole number of at least 1, or None for all, got {shown(limit)}")

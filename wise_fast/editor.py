@@ -36,6 +36,9 @@ _FAILED = "not fitted: its target or its routing margin did not hold within max_
 class WiseEditor(Material, Packs, Sharing):
     """Edits a Hugging Face causal LM in place; the model stays usable through `model(...)` and `model.generate`.
 
+    `edit` teaches, `disabled()` is a block with the unedited model, `checkpoint` and `rollback` undo, `save_pretrained`
+    and `from_pretrained` keep, `unload` takes the editor off. The weights of the model are never written.
+
     Args:
         model: a decoder-only causal LM (see `wise_fast.architectures.SUPPORTED`).
         tokenizer: its tokenizer; a pad token is not needed.
@@ -116,7 +119,7 @@ class WiseEditor(Material, Packs, Sharing):
         _ = self._prefix_tokens, self._quiet_pool, self.unit, self.tail.axes
 
     def check(self, edits: Iterable[Edit]) -> None:
-        """Raise EditDataError, as `edit` would, if one of these edits cannot be learned."""
+        """Raise EditDataError, as `edit` would, if one of these `edits` cannot be learned."""
         for place, edit in enumerate(rendered(self.tokenizer, edits)):
             self._examples([edit], [place])
 
@@ -252,7 +255,7 @@ class WiseEditor(Material, Packs, Sharing):
         self._undo = [*self._undo, before][-self.config.undo_depth :] if self.config.undo_depth else []
 
     def checkpoint(self, name: str) -> None:
-        """Keep the present state under a name, for `rollback(name)`."""
+        """Keep the present state under this `name`, for `rollback(name)`; in memory, not on the disk."""
         self._checkpoints[name] = self._state
 
     def rollback(self, to: int | str = 1) -> None:

@@ -51,10 +51,12 @@ class DualMemoryLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
+        """The main memory's weight, as the original module stores it."""
         return self.base_layer.weight
 
     @property
     def bias(self) -> Tensor | None:
+        """The main memory's bias [d_out], if it has one."""
         return self.base_layer.bias
 
     @property
@@ -68,7 +70,7 @@ class DualMemoryLinear(nn.Module):
         return 0 if self.bounds is None else self.bounds.shape[0] - 1
 
     def set_bank(self, bank: Bank | None) -> None:
-        """Serve `bank` from now on; None serves the main memory alone."""
+        """Serve this `bank` (`wise_fast.memory.Bank`) from now on; None serves the main memory alone."""
         device = self.base_layer.weight.device
         for name in (*_BUFFERS, "limits"):
             value = None if bank is None else getattr(bank, name)
@@ -154,11 +156,15 @@ class DualMemoryLinear(nn.Module):
 
 
 class DualMemoryFFN(nn.Module):
-    """A whole FFN whose value projection has side memories; calls and returns what the FFN did.
+    """A whole FFN whose value projection has side memories; calls and returns what the FFN did (see `from_mlp`).
 
-    Attributes:
-        mlp: the wrapped FFN; its projection is a `DualMemoryLinear` until `restore`.
-        projection: that module.
+    Args:
+        mlp: the FFN to wrap, in place: its projection is a `DualMemoryLinear`, `projection`, until `restore`.
+        name: dotted name of its value projection.
+        routing, reduction: as `DualMemoryLinear` takes them.
+
+    Raises:
+        UnsupportedModelError: that projection is no linear map in floating point.
     """
 
     def __init__(self, mlp: nn.Module, name: str, routing: Routing | None = None, reduction: str = "mean"):
@@ -172,7 +178,12 @@ class DualMemoryFFN(nn.Module):
     def from_mlp(
         cls, mlp: nn.Module, projection: str | None = None, routing: Routing | None = None, reduction: str = "mean"
     ) -> DualMemoryFFN:
-        """Wrap an FFN in place. `projection` names its value projection; None takes its last linear map.
+        """Wrap an FFN in place.
+
+        Args:
+            mlp: the FFN, such as `model.model.layers[5].mlp`.
+            projection: dotted name of its value projection; None takes its last linear map.
+            routing, reduction: as `DualMemoryLinear` takes them.
 
         Raises:
             UnsupportedModelError: there is no such linear map.
@@ -187,6 +198,7 @@ class DualMemoryFFN(nn.Module):
 
     @property
     def projection(self) -> DualMemoryLinear:
+        """The wrapped value projection, until `restore`."""
         return self.mlp.get_submodule(self._name)
 
     def restore(self) -> nn.Module:

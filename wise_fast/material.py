@@ -45,11 +45,11 @@ class Material:
             yield
 
     def asking(self, prompt_mask: Tensor) -> AbstractContextManager[None]:
-        """Tell the router which tokens of the forward inside are prompt, [B, T] bool."""
+        """Tell the router which tokens of the forward inside are prompt: `prompt_mask`, [B, T] bool."""
         return self.routing.prompt(prompt_mask)
 
     def head_at(self, positions: Tensor) -> AbstractContextManager[None]:
-        """Let the LM head see only these of the flattened [B*T] tokens: logits become [1, M, vocabulary]."""
+        """Let the LM head see only `positions` of the flattened [B*T] tokens: logits become [1, M, vocabulary]."""
         return self.tail.head_at(positions)
 
     @property

@@ -72,6 +72,7 @@ class Sharing:
         The memories of the directory are closed: the next edit opens a new one.
 
         Args:
+            model, tokenizer: the base model the edits were made on, without an editor, and its tokenizer.
             directory: one that `save_pretrained` wrote, or the id of a repository that `push_to_hub` made.
             revision, token: of that repository.
 

@@ -229,7 +229,24 @@ def evaluate(
     before: Before | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Reliability, generalization, locality and exact answers: `TASKS["qa"].score`, of all edits held when None."""
+    """Reliability, generalization, locality and exact answers of edits, as the literature defines them: the task "qa".
+
+    Args:
+        method: the editor, or a baseline (`wise_fast.metrics.Method`).
+        edits: what to score; None takes all edits that the method holds, but for superseded ones. Rephrases and
+            locality are asked where an edit brings them.
+        generate: also answer freely (greedy, natural stop), for `exact` and `exact_rephrased`; it takes longest.
+        before: what `TASKS["qa"].before` kept of the unedited model, so that it need not be asked again.
+        progress: called with (work done, work in all) after every forward batch.
+
+    Returns:
+        An `Evaluation`: one `Score` an edit, and by `summary()` their means over the edits that have the figure. All
+        are shares from 0 to 1: of tokens under teacher forcing (reliability, generalization, locality), of answers
+        (exact, exact_rephrased).
+
+    Raises:
+        EditDataError: an edit is unusable or tokenizes to nothing.
+    """
     return TASKS["qa"].score(method, edits, generate, before, progress)
 
 
