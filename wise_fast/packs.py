@@ -81,6 +81,9 @@ class Packs:
     def delete_pack(self, name: str) -> None:
         """Serve a loaded pack no more. One that was active is active no more; its directory is left alone.
 
+        Args:
+            name: of one that was loaded.
+
         Raises:
             PackError: there is no such pack; it is the editor's own (`rollback` undoes edits); or an edit, a generation
                 or a `packs_for` is at work in this thread. Nothing has changed then.
