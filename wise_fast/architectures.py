@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from wise_fast.compiled import eagerly
 from wise_fast.errors import ConfigError, UnsupportedModelError
 
 SUPPORTED = (
@@ -262,12 +263,13 @@ def _is_tokenwise(model, ffn: nn.Module) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run with the model in eval mode, and put every module's own mode back."""
+    """Run with the model in eval mode and without compiled graphs, and put every module's own mode back."""
     training = [m for m in model.modules() if m.training]
     for module in training:
         module.training = False
     try:
-        yield
+        with eagerly():
+            yield
     finally:
         for module in training:
             module.training = True

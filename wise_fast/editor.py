@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from wise_fast import merging, protection, tokens, training
+from wise_fast import capacity, compiled, merging, protection, tokens, training
 from wise_fast.architectures import find_architecture
 from wise_fast.calibration import calibrated
 from wise_fast.chat import rendered
@@ -35,16 +35,19 @@ class WiseEditor(Material, Sharing):
     """Edits a Hugging Face causal LM in place; the model stays usable through `model(...)` and `model.generate`.
 
     Args:
-        model: a decoder-only causal LM (see `wise_fast.architectures.SUPPORTED`).
+        model: a decoder-only causal LM (see `wise_fast.architectures.SUPPORTED`), or `torch.compile` of one.
         tokenizer: its tokenizer; a pad token is not needed.
         config: `WiseConfig()` when None.
 
     Raises:
         UnsupportedModelError: the model's structure cannot be edited.
         ConfigError: a setting does not fit the model, or the model has an editor already.
+        WiseError: Inductor is set to freeze weights.
     """
 
     def __init__(self, model: nn.Module, tokenizer, config: WiseConfig | None = None):
+        compiled.require_live_weights()
+        model = compiled.original(model)
         self.model, self.tokenizer = model, tokenizer
         self.config = WiseConfig() if config is None else config
         if any(isinstance(m, DualMemoryLinear) for m in model.modules()):
@@ -78,7 +81,9 @@ class WiseEditor(Material, Sharing):
 
         Raises:
             EditDataError: an edit is unusable, does not fit the context, or tokenizes to nothing.
+            WiseError: Inductor is set to freeze weights.
         """
+        compiled.require_live_weights()
         given = rendered(self.tokenizer, as_edits(edits))
         kept, superseded = deduplicate(given)
         reports: dict[int, EditReport] = {
@@ -238,9 +243,29 @@ class WiseEditor(Material, Sharing):
 
     @in_turn
     def _set_state(self, state: EditorState) -> None:
-        bank = Bank.pack(state.memories, self.projection.weight.dtype, self.config.route_by)
-        self.projection.set_bank(bank)
+        try:
+            self.projection.set_bank(self._packed(state))
+        except BaseException:  # what is half copied into reserved room
+            self.projection.set_bank(self._packed(self._state))
+            raise
         self._state = state
+
+    def _packed(self, state: EditorState) -> Bank | None:
+        return Bank.pack(state.memories, self.projection.weight.dtype, self.config.route_by)
+
+    @in_turn
+    def reserve(self, memories: int) -> None:
+        """Make room for so many memories, those that are served included, so that edits change no buffer's shape or
+        address: what `torch.compile` or a CUDA graph made of the model serves them as they come, from the first on.
+
+        With more memories than that the room is doubled, and compiled graphs are made anew once. A memory holds
+        `config.shard_size` edits; in `routing.scores` free slots have columns too, of zeros.
+
+        Raises:
+            ConfigError: `memories` is not a positive number, or less than are served.
+        """
+        projection = self.projection
+        projection.reserve(memories, *capacity.planned(self.config, projection, memories))
 
     def _commit(self, state: EditorState) -> None:
         before = self._state

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import wise_kernels as kernels
+from wise_fast import capacity
 from wise_fast.architectures import is_linear, linear_shape, linear_weight
-from wise_fast.errors import UnsupportedModelError
+from wise_fast.errors import ConfigError, UnsupportedModelError
 from wise_fast.memory import Bank
 from wise_fast.routing import Routing
+
+logger = logging.getLogger(__name__)
 
 _BUFFERS = ("values", "index", "bounds", "thresholds", "factors")  # of a bank, and of a state dict
 _EXACT = ("thresholds", "factors")  # what decides the routing
@@ -21,7 +26,8 @@ class DualMemoryLinear(nn.Module):
 
     `forward(a)` takes [..., d_ff] and returns [..., d_out]: per sequence, the main memory's output if every score is
     at most its threshold, else that plus the side response of one memory (eq. 6). With an empty bank the original
-    module runs alone and the output is bit-identical to its.
+    module runs alone and the output is bit-identical to its. A bank has the size of what it holds, unless `reserve`
+    made room for more.
 
     Args:
         base_layer: the `nn.Linear` or `Conv1D` to wrap; it is kept as is.
@@ -45,6 +51,8 @@ class DualMemoryLinear(nn.Module):
         for name in _BUFFERS:
             self.register_buffer(name, None)
         self.register_buffer("popcounts", None, persistent=False)
+        self.reserved = False
+        self._size: capacity.Size = (0, 0, 0)  # of what the bank holds
 
     @property
     def weight(self) -> Tensor:
@@ -62,22 +70,84 @@ class DualMemoryLinear(nn.Module):
     @property
     def memories(self) -> int:
         """Number of side memories being served."""
-        return 0 if self.bounds is None else self.bounds.shape[0] - 1
+        return self._size[0]
 
+    @torch.inference_mode(False)
     def set_bank(self, bank: Bank | None) -> None:
-        """Serve `bank` from now on; None serves the main memory alone."""
+        """Serve `bank` from now on; None serves the main memory alone.
+
+        Where room was reserved the bank is copied into it, and graphs compiled or captured before serve it. One that
+        does not fit gets new buffers, with each size doubled until it does.
+        """
+        room = self._room
+        if self.reserved:
+            if bank is not None and not capacity.fits(room, bank):
+                self._hold(capacity.grown(room, bank, like=bank.values.new_empty(0, device=room.values.device)))
+                logger.info("a bank of %d memories outgrew what was reserved", bank.thresholds.shape[0])
+            capacity.put(self._room, bank)
+        else:
+            self._hold(bank)
+        self._size = (0, 0, 0) if bank is None else capacity.size_of(bank)
+        self._count()
+
+    @torch.inference_mode(False)
+    def reserve(self, memories: int, rows: int, rank: int | None = None, layout: str = "neuron") -> None:
+        """Make room, so that banks up to this size are served without a change of any buffer's shape or address.
+
+        Memories that are served go on being served; a free slot costs next to nothing. What is saved (`state_dict`)
+        has the size of what is held.
+
+        Args:
+            memories: how many.
+            rows: values of all of them together: their columns (neuron layout) or single weights (element).
+            rank: columns of the leverage factors; None where scores are not over the root of their leverage.
+            layout: of the bank to come.
+
+        Raises:
+            ConfigError: a size is not positive, or the bank being served does not fit.
+        """
+        capacity.require_sizes(memories=memories, rows=rows, rank=1 if rank is None else rank)
+        weight = self.base_layer.weight
+        like = torch.empty(0, dtype=weight.dtype, device=weight.device)
+        shape, size = (self.out_features, self.in_features), (memories, rows, rank or 0)
+        room, held = capacity.blank(layout, shape, size, rank is not None, like), self.held
+        if held is not None and not capacity.fits(room, held):
+            given = "{} memories of {} values, factors of {} columns".format
+            raise ConfigError(
+                f"reserved are {given(*size)} in the {layout} layout, but what is served takes "
+                f"{given(*capacity.size_of(held))} in the {self.layout} layout; reserve more"
+            )
+        capacity.put(room, held)
+        self._hold(room)
+        self.reserved = True
+        self._count()
+
+    @property
+    def _room(self) -> Bank | None:
+        """The buffers as a bank."""
+        return None if self.bounds is None else Bank(*(getattr(self, name) for name in _BUFFERS))
+
+    @property
+    def held(self) -> Bank | None:
+        """The bank being served, without the room that is free; None when there is none."""
+        return capacity.taken(self._room, self._size) if self.memories else None
+
+    def _hold(self, bank: Bank | None) -> None:
         device = self.base_layer.weight.device
         for name in _BUFFERS:
             value = None if bank is None else getattr(bank, name)
             setattr(self, name, None if value is None else value.to(device))
-        self._count()
 
     def _count(self) -> None:
         """Where the values of every block of bits begin, once a bank instead of in every call (element layout)."""
-        self.popcounts = kernels.popcount_table(self.index) if self.layout == "element" else None
+        made = kernels.popcount_table(self.index) if self.layout == "element" else None
+        if made is not None and self.popcounts is not None and self.popcounts.shape == made.shape:
+            self.popcounts.copy_(made)
+        else:
+            self.popcounts = made
 
     def forward(self, a: Tensor) -> Tensor:
-        if self.memories == 0 or not self.routing.enabled:
+        if self.bounds is None or not self.routing.enabled:
             return self.base_layer(a)
         flat = a.reshape(-1, self.in_features)
         held = self.routing.held
@@ -90,7 +160,7 @@ class DualMemoryLinear(nn.Module):
         return y.view(*a.shape[:-1], self.out_features)
 
     def _prefill(self, a: Tensor, flat: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        one = self.memories == 1
+        one = self.bounds.shape[0] == 2
         given = flat, linear_weight(self.base_layer), self.bias, self.values, self.index, self.bounds, one
         if self.layout == "neuron":
             y, side, norms = kernels.dual_forward(*given)
@@ -116,16 +186,28 @@ class DualMemoryLinear(nn.Module):
                 setattr(self, name, value.to(getattr(self, name).device))
         return self
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        held = self.held
+        for name in _BUFFERS if self.reserved else ():
+            value = None if held is None else getattr(held, name)
+            destination.pop(prefix + name, None)
+            if value is not None:
+                destination[prefix + name] = value
+
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        replaced = any(key.startswith(prefix) for key in state_dict)
-        if replaced:  # a bank's size is part of its state
-            for name in _BUFFERS:
-                value = state_dict.get(prefix + name)
-                device = self.base_layer.weight.device
-                setattr(self, name, None if value is None else torch.empty_like(value, device=device))
+        if not any(key.startswith(prefix) for key in state_dict):
+            return super()._load_from_state_dict(state_dict, prefix, *args)
+        room = self._room
+        for name in _BUFFERS:  # a bank's size is part of its state
+            value = state_dict.get(prefix + name)
+            device = self.base_layer.weight.device
+            setattr(self, name, None if value is None else torch.empty_like(value, device=device))
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if replaced:
-            self._count()
+        bank = self._room
+        if self.reserved:
+            self._hold(room)
+        self.set_bank(bank)
 
     def extra_repr(self) -> str:
         return f"d_ff={self.in_features}, d_out={self.out_features}, memories={self.memories}, layout={self.layout}"

@@ -91,8 +91,9 @@ class Routing:
         self.turn = Turn()
         self._prompt: Tensor | None = None
         self._generating = False
+        self._first = False  # the generation's first forward is to come
         self._total: int | None = None
-        self._prompt_length: int | None = None
+        self._prompt_length = 0
         self._parameters: tuple[str, ...] = ()
         self._handles: list = []
 
@@ -131,15 +132,16 @@ class Routing:
         """Around one `generate` call: its first forward decides, also when a cache is handed in or none is used.
 
         Args:
-            total: tokens of the prompt, with those in the cache; the first forward may have drafted ones behind them.
+            total: tokens of the prompt, with those in the cache, where the first forward may have drafted ones behind
+                them. Compiled forwards are made for one number, so None where it cannot.
         """
         with self.turn:
-            before = self._generating, self._prompt_length, self._total
-            self._generating, self._prompt_length, self._total = True, None, total
+            before = self._generating, self._first, self._prompt_length, self._total
+            self._generating, self._first, self._total = True, True, total
             try:
                 yield
             finally:
-                self._generating, self._prompt_length, self._total = before
+                self._generating, self._first, self._prompt_length, self._total = before
 
     def _given(self, args, kwargs) -> dict:
         return dict(zip(self._parameters, args, strict=False)) | kwargs
@@ -155,7 +157,7 @@ class Routing:
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         batch, length = tokens.shape[:2]
         cache = given.get("past_key_values")
-        first = self._generating and self._prompt_length is None
+        first = self._first
         kept = getattr(cache, "routing_choice", None)
         if kept is not None:
             _follow(cache)
@@ -174,6 +176,7 @@ class Routing:
             prompt = self._prompt.to(tokens.device)[:, :length]
             self.mask = self.mask & nn.functional.pad(prompt, (0, length - prompt.shape[1]), value=False)
         if first:
+            self._first = False
             self._prompt_length = length - self._drafted(length, given.get("attention_mask"), cache)
         if self._generating:
             self.mask = self.mask & (torch.arange(length, device=tokens.device) < self._prompt_length)
@@ -232,8 +235,14 @@ class Generation:
                 "prefill_chunk_size is set: routing decides where the prompt is prefilled, and would know its first "
                 "chunk alone; leave it unset"
             )
-        with self.routing.generation(_total(args, kwargs)):
+        with self.routing.generation(_total(args, kwargs) if _drafts(config, kwargs) else None):
             return self.inner(*args, **kwargs)
+
+
+def _drafts(config, kwargs) -> bool:
+    """Whether an assistant, or a lookup in the prompt, drafts tokens that the model then checks."""
+    settings = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+    return any(kwargs.get(name) or getattr(config, name, None) for name in settings)
 
 
 def _total(args, kwargs) -> int | None:
