@@ -1,4 +1,4 @@
-"""What is served on a CUDA device: the same answers as on the CPU, all of it in one CUDA graph, which hears new edits."""
+"""What is served on a CUDA device: the answers of the CPU, all of it in one CUDA graph, which hears new edits."""
 
 import pytest
 import torch

@@ -18,6 +18,7 @@ from wise_fast.config import WiseConfig
 from wise_fast.data import Edit, as_edits, deduplicate
 from wise_fast.errors import ConfigError, WiseError
 from wise_fast.ffn import DualMemoryLinear
+from wise_fast.gradients import require_gradients
 from wise_fast.material import Material, seed_of
 from wise_fast.memory import Bank, SideMemory, storable
 from wise_fast.routing import Generation, Routing
@@ -82,8 +83,10 @@ class WiseEditor(Material, Sharing):
         Raises:
             EditDataError: an edit is unusable, does not fit the context, or tokenizes to nothing.
             WiseError: Inductor is set to freeze weights.
+            UnsupportedModelError: quantized layers behind the projection pass no gradient.
         """
         compiled.require_live_weights()
+        require_gradients(self.model, self.architecture)
         given = rendered(self.tokenizer, as_edits(edits))
         kept, superseded = deduplicate(given)
         reports: dict[int, EditReport] = {
@@ -251,7 +254,7 @@ class WiseEditor(Material, Sharing):
         self._state = state
 
     def _packed(self, state: EditorState) -> Bank | None:
-        return Bank.pack(state.memories, self.projection.weight.dtype, self.config.route_by)
+        return Bank.pack(state.memories, self.projection.dtype, self.config.route_by)
 
     @in_turn
     def reserve(self, memories: int) -> None:
@@ -306,7 +309,8 @@ class WiseEditor(Material, Sharing):
     def _attach(self) -> None:
         parent, attribute = self.architecture.holder
         holder = self.model.get_submodule(parent)
-        setattr(holder, attribute, DualMemoryLinear(getattr(holder, attribute), self.routing, self.config.reduction))
+        wrapped = getattr(holder, attribute), self.routing, self.config.reduction, self.architecture.dtype
+        setattr(holder, attribute, DualMemoryLinear(*wrapped))
         self.routing.attach(self.model.get_submodule(self.architecture.decoder))
         self._generate = self.model.__dict__.get("generate")  # the user's own, if the model has one
         self.model.generate = Generation(self.model.generate, self.routing).generate

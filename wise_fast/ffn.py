@@ -6,10 +6,9 @@ import logging
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 import wise_kernels as kernels
-from wise_fast import capacity
+from wise_fast import capacity, place
 from wise_fast.architectures import is_linear, linear_shape, linear_weight
 from wise_fast.errors import ConfigError, UnsupportedModelError
 from wise_fast.memory import Bank
@@ -30,20 +29,30 @@ class DualMemoryLinear(nn.Module):
     made room for more.
 
     Args:
-        base_layer: the `nn.Linear` or `Conv1D` to wrap; it is kept as is.
+        base_layer: the `nn.Linear`, `Conv1D` or quantized linear map to wrap; it is kept as is. Where its weight is
+            quantized, offloaded or cut over ranks, its own forward gives the main output (`wise_fast.place`).
         routing: context that knows prompts and caches; a fresh one treats every token as prompt.
         reduction: of token scores, "mean" or "max".
+        dtype: of the activations, and so of the side memory; None takes what the layer says it computes in.
 
     Raises:
-        UnsupportedModelError: `base_layer` is neither, or not in floating point.
+        UnsupportedModelError: `base_layer` is no such map, or not loaded.
     """
 
-    def __init__(self, base_layer: nn.Module, routing: Routing | None = None, reduction: str = "mean"):
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        routing: Routing | None = None,
+        reduction: str = "mean",
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        if not is_linear(base_layer):
+        if not is_linear(base_layer) and not place.is_quantized(base_layer):
             raise UnsupportedModelError(
-                f"a {type(base_layer).__name__} cannot be wrapped; expected nn.Linear or Conv1D in floating point"
+                f"a {type(base_layer).__name__} cannot be wrapped; expected nn.Linear or Conv1D in floating point, or "
+                "a quantized layer with in_features, out_features and a packed weight"
             )
+        self.plain = place.is_plain(base_layer)
         self.base_layer = base_layer
         self.routing = Routing() if routing is None else routing
         self.reduction = reduction
@@ -51,6 +60,8 @@ class DualMemoryLinear(nn.Module):
         for name in _BUFFERS:
             self.register_buffer(name, None)
         self.register_buffer("popcounts", None, persistent=False)
+        kind = dict(dtype=place.dtype_of(base_layer) if dtype is None else dtype, device=place.device_of(base_layer))
+        self.register_buffer("_place", torch.empty(0, **kind), persistent=False)  # moves and is cast as the model is
         self.reserved = False
         self._size: capacity.Size = (0, 0, 0)  # of what the bank holds
 
@@ -61,6 +72,16 @@ class DualMemoryLinear(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         return self.base_layer.bias
+
+    @property
+    def device(self) -> torch.device:
+        """Where activations come in and side memories are; an offloaded weight is elsewhere."""
+        return self._place.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations and side memories; a quantized weight's is another."""
+        return self._place.dtype
 
     @property
     def layout(self) -> str:
@@ -107,10 +128,8 @@ class DualMemoryLinear(nn.Module):
             ConfigError: a size is not positive, or the bank being served does not fit.
         """
         capacity.require_sizes(memories=memories, rows=rows, rank=1 if rank is None else rank)
-        weight = self.base_layer.weight
-        like = torch.empty(0, dtype=weight.dtype, device=weight.device)
         shape, size = (self.out_features, self.in_features), (memories, rows, rank or 0)
-        room, held = capacity.blank(layout, shape, size, rank is not None, like), self.held
+        room, held = capacity.blank(layout, shape, size, rank is not None, self._place), self.held
         if held is not None and not capacity.fits(room, held):
             given = "{} memories of {} values, factors of {} columns".format
             raise ConfigError(
@@ -133,10 +152,9 @@ class DualMemoryLinear(nn.Module):
         return capacity.taken(self._room, self._size) if self.memories else None
 
     def _hold(self, bank: Bank | None) -> None:
-        device = self.base_layer.weight.device
         for name in _BUFFERS:
             value = None if bank is None else getattr(bank, name)
-            setattr(self, name, None if value is None else value.to(device))
+            setattr(self, name, None if value is None else value.to(self.device))
 
     def _count(self) -> None:
         """Where the values of every block of bits begin, once a bank instead of in every call (element layout)."""
@@ -149,26 +167,40 @@ class DualMemoryLinear(nn.Module):
     def forward(self, a: Tensor) -> Tensor:
         if self.bounds is None or not self.routing.enabled:
             return self.base_layer(a)
-        flat = a.reshape(-1, self.in_features)
-        held = self.routing.held
-        y, side, choice = self._prefill(a, flat) if held is None else (self.base_layer(flat), None, held.to(a.device))
+        flat = a.reshape(-1, a.shape[-1])
+        seen, held = place.whole(flat, self.in_features, self.base_layer), self.routing.held
+        if held is None:
+            y, side, choice = self._prefill(a, flat, seen)
+        else:
+            y, side, choice = self._main(flat), None, held.to(a.device)
         bank = self.values, self.index, self.bounds
         if self.layout == "neuron":
-            kernels.gated_add_(y, flat, *bank, choice, side)
+            kernels.gated_add_(y, seen, *bank, choice, side)
         else:
-            kernels.gated_add_element_(y, flat, *bank, choice, side, self.popcounts)
+            kernels.gated_add_element_(y, seen, *bank, choice, side, self.popcounts)
         return y.view(*a.shape[:-1], self.out_features)
 
-    def _prefill(self, a: Tensor, flat: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _main(self, flat: Tensor) -> Tensor:
+        """The main memory's output by its own forward; [N, d_out], to be changed in place."""
+        y = self.base_layer(flat)
+        # What a layer of a kind of its own returns with a gradient may be a view, which must not be changed.
+        return y if self.plain or not y.requires_grad else y.clone()
+
+    def _prefill(self, a: Tensor, flat: Tensor, seen: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Main output, response if it is kept, and the decision, for activations `a`: `flat` [N, features], of all
+        ranks `seen` [N, d_ff]."""
         one = self.bounds.shape[0] == 2
-        given = flat, linear_weight(self.base_layer), self.bias, self.values, self.index, self.bounds, one
-        if self.layout == "neuron":
-            y, side, norms = kernels.dual_forward(*given)
+        bank = self.values, self.index, self.bounds, one
+        more = () if self.layout == "neuron" else (self.popcounts,)
+        if self.plain:
+            dual = kernels.dual_forward if self.layout == "neuron" else kernels.dual_forward_element
+            y, side, norms = dual(seen, linear_weight(self.base_layer), self.bias, *bank, *more)
         else:
-            y, side, norms = kernels.dual_forward_element(*given, self.popcounts)
+            respond = kernels.side_forward if self.layout == "neuron" else kernels.side_forward_element
+            y, (side, norms) = self._main(flat), respond(seen, *bank, *more)
         leverage = None
         if self.factors is not None:
-            leverage = kernels.leverage(flat, self.index, self.bounds, self.factors)
+            leverage = kernels.leverage(seen, self.index, self.bounds, self.factors)
         mask = self.routing.mask
         if mask is None:
             batch = a.shape[0] if a.ndim > 2 else 1
@@ -201,8 +233,7 @@ class DualMemoryLinear(nn.Module):
         room = self._room
         for name in _BUFFERS:  # a bank's size is part of its state
             value = state_dict.get(prefix + name)
-            device = self.base_layer.weight.device
-            setattr(self, name, None if value is None else torch.empty_like(value, device=device))
+            setattr(self, name, None if value is None else torch.empty_like(value, device=self.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
         bank = self._room
         if self.reserved:
@@ -237,7 +268,7 @@ class DualMemoryFFN(nn.Module):
         Raises:
             UnsupportedModelError: there is no such linear map.
         """
-        linear = [n for n, m in mlp.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+        linear = [n for n, m in mlp.named_modules() if isinstance(m, place.LINEAR) or place.is_quantized(m)]
         name = projection or (linear[-1] if linear else None)
         if name not in linear:
             raise UnsupportedModelError(
