@@ -42,7 +42,7 @@ class Architecture:
         context: longest input in tokens, or None when the config does not say.
         ffns: dotted names of the layers' FFNs, modules that treat every token by itself; None of a layer where there is
             no such module, or the edited projection is in it.
-        dtype: of the activations that the projection is given; a quantized weight's own is another.
+        dtype: of the activations that the projection was given; a quantized weight's own is another.
     """
 
     decoder: str

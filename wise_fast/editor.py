@@ -86,7 +86,7 @@ class WiseEditor(Material, Sharing):
             UnsupportedModelError: quantized layers behind the projection pass no gradient.
         """
         compiled.require_live_weights()
-        require_gradients(self.model, self.architecture)
+        require_gradients(self.model, self.architecture, self.projection.dtype)
         given = rendered(self.tokenizer, as_edits(edits))
         kept, superseded = deduplicate(given)
         reports: dict[int, EditReport] = {

@@ -25,6 +25,9 @@ def describe(model: nn.Module, architecture: Architecture) -> dict:
     element does not. Where parameters are kept, offloaded or cut over ranks, does not matter. Quantized weights are
     taken as they are stored, so a quantized model is another base model than the one it was made of.
     """
+    projection = model.get_submodule(architecture.projection)
+    # An editor's model may have been cast since its architecture was found.
+    dtype = projection.dtype if isinstance(projection, DualMemoryLinear) else architecture.dtype
     digest, wrapped, own = hashlib.sha256(), f"{architecture.projection}.base_layer.", f"{architecture.projection}."
     readers = {name.replace(wrapped, own): read for name, read in parameters(model).items()}
     for name in sorted(readers):
@@ -38,7 +41,7 @@ def describe(model: nn.Module, architecture: Architecture) -> dict:
         "layer": architecture.layer,
         "projection": architecture.projection,
         "shape": [architecture.d_out, architecture.d_ff],
-        "dtype": str(architecture.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "weights": digest.hexdigest(),
     }
 

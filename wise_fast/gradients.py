@@ -1,5 +1,5 @@
-"""Whether gradients pass through what lies behind the edited projection: inference kernels of some quantized layers have
-none, and say nothing."""
+"""Whether gradients pass through what lies behind the edited projection: inference kernels of some quantized layers
+have none, and say nothing."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from wise_fast.errors import UnsupportedModelError
 _SLACK = 0.25  # activations may be rounded to eight bits
 
 
-def require_gradients(model: nn.Module, architecture: Architecture) -> None:
+def require_gradients(model: nn.Module, architecture: Architecture, dtype: torch.dtype) -> None:
     """Raise unless edits can be trained through the quantized layers behind the projection; one of each kind is asked.
+
+    Args:
+        dtype: of the activations.
 
     Raises:
         UnsupportedModelError: a layer's gradient is missing or is not that of its output.
@@ -22,11 +25,11 @@ def require_gradients(model: nn.Module, architecture: Architecture) -> None:
     behind = [model.get_submodule(name) for name in (*architecture.layers[architecture.layer + 1 :], architecture.head)]
     quantized = [m for part in behind for m in part.modules() if place.is_quantized(m)]
     for module in {(type(m), type(m.weight)): m for m in quantized}.values():
-        if not all(_passes(module, rows, architecture.dtype) for rows in (1, 3)):
+        if not all(_passes(module, rows, dtype) for rows in (1, 3)):
             kind = f"{type(module).__module__}.{type(module).__name__}"
             raise UnsupportedModelError(
-                f"no right gradient passes through the quantized {kind} on {place.device_of(module)}, so nothing can be "
-                "taught through it; saved edits can be served. Edit with another quantization, on a device where it "
+                f"no right gradient passes through the quantized {kind} on {place.device_of(module)}, so nothing can "
+                "be taught through it; saved edits can be served. Edit with another quantization, on a device where it "
                 "can be trained (bitsandbytes in 4 bits: not on a CPU), or with the last layer as WiseConfig.layer"
             )
 
@@ -50,7 +53,7 @@ def _passes(module: nn.Module, rows: int, dtype: torch.dtype) -> bool:
         return False
     finally:
         module.training = training
-    expected = moved.square().sum()
-    return gradient is not None and bool(
-        ((gradient.float() * step.float()).sum() - expected).abs() <= _SLACK * expected
-    )
+    if gradient is None:
+        return False
+    found, expected = (gradient.float() * step.float()).sum(), moved.square().sum()
+    return bool((found - expected).abs() <= _SLACK * expected)
