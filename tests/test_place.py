@@ -147,6 +147,18 @@ def test_a_pack_does_not_care_where_the_weights_are(how, tmp_path):
         torch.testing.assert_close(one, two)
 
 
+def test_offloading_an_edited_model():
+    accelerate = pytest.importorskip("accelerate")
+    editor = WiseEditor(wide_model(), tiny_tokenizer(), QUICK)
+    editor.edit(FACTS[0])
+    expected = logits(editor.model)
+    accelerate.cpu_offload(editor.model, execution_device=torch.device("cpu"))
+    assert editor.projection.weight.is_meta and not editor.projection.plain
+    for one, two in zip(logits(editor.model), expected, strict=True):
+        torch.testing.assert_close(one, two)
+    assert editor.edit(FACTS[1])[0].success
+
+
 def test_a_quantized_model_is_another_base_model(tmp_path):
     editor = WiseEditor(wide_model(), tiny_tokenizer(), QUICK)
     editor.edit(FACTS[0])

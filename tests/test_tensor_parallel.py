@@ -43,7 +43,7 @@ def test_two_ranks_are_one(alone, task):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = ["--master-addr", "127.0.0.1", "--master-port", str(port)]  # torchrun's own looks the host's name up
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", *place, "-m", "tests.ranks"]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", *place, "-m", "tests.two_ranks"]
     done = subprocess.run(
         [sys.executable, *command, str(directory), task],
         cwd=ROOT,

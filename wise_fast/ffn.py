@@ -52,7 +52,6 @@ class DualMemoryLinear(nn.Module):
                 f"a {type(base_layer).__name__} cannot be wrapped; expected nn.Linear or Conv1D in floating point, or "
                 "a quantized layer with in_features, out_features and a packed weight"
             )
-        self.plain = place.is_plain(base_layer)
         self.base_layer = base_layer
         self.routing = Routing() if routing is None else routing
         self.reduction = reduction
@@ -72,6 +71,11 @@ class DualMemoryLinear(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         return self.base_layer.bias
+
+    @property
+    def plain(self) -> bool:
+        """Whether the main memory's weight is at hand as floating point numbers."""
+        return place.is_plain(self.base_layer)
 
     @property
     def device(self) -> torch.device:

@@ -73,7 +73,7 @@ class Routing:
         held: [B] int64 decision made at prefill that this forward must keep, or None.
         choice: [B] int64 decision of the latest forward: memory index, or -1 for the main memory; None when it asked
             for none (disabled, or no memories).
-        scores: [B, J] fp32 of the latest prefill, or None likewise.
+        scores: [B, J] fp32 of the latest prefill, 0 for slots that are free, or None likewise.
 
     A forward decides on the tokens it is given. It keeps the cache's decision when it decodes: with one token, or with
     any number inside `generate` after its first forward. More tokens than one outside `generate` are a new prompt, so

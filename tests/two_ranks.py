@@ -1,6 +1,6 @@
 """What each rank of `test_tensor_parallel` runs: serve a saved pack, or teach, over a model that is cut over the ranks.
 
-python -m torch.distributed.run --nproc-per-node 2 -m tests.ranks DIRECTORY {serve,teach}
+python -m torch.distributed.run --nproc-per-node 2 -m tests.two_ranks DIRECTORY {serve,teach}
 """
 
 import faulthandler
