@@ -134,12 +134,6 @@ def mamba():
     return transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2))
 
 
-def quantized():
-    model = tiny_model("llama")
-    model.config.quantization_config = {"quant_method": "bitsandbytes"}
-    return model
-
-
 REFUSED = {
     "mixtral": (mixtral, "mixture of experts .num_local_experts = 2"),
     "one expert": (lambda: mixtral(1), "expert weights"),
@@ -150,7 +144,6 @@ REFUSED = {
     "base": (lambda: tiny_model("llama").model, "LlamaModel has no LM head"),
     "classifier": (classifier, "no LM head"),
     "mamba": (mamba, "MambaForCausalLM"),
-    "quantized": (quantized, "quantized weights"),
     "module": (lambda: nn.Sequential(nn.Linear(3, 3)), "Sequential is not a transformers model"),
 }
 
@@ -212,7 +205,7 @@ def reclass(kind):
 @pytest.mark.parametrize(
     "replace, message",
     [
-        (Opaque, r"\.Opaque, expected nn.Linear or Conv1D"),
+        (Opaque, r"\.Opaque, expected nn.Linear or Conv1D.*load the model unquantized"),
         (reclass(Scaled), r"\.Scaled of torch.float32 on cpu, expected nn.Linear"),
         (LowRank, "takes 4 inputs to 32 outputs .*merge adapters"),
         (lambda linear: linear.to("meta"), "down_proj.weight is on the meta device"),

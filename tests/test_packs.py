@@ -215,6 +215,41 @@ class TestHotSwap:
             assert run([], ["medical", "__base__", "legal", "default"]) == [3, -1, 1, -1]
             assert run(["legal"], ["__base__"] * 3 + ["medical"]) == [-1, -1, -1, 3]
 
+    @pytest.mark.parametrize("medical", ["leverage", "score"])
+    def test_packs_that_come_and_go_in_reserved_room_compile_nothing_again(self, tmp_path, medical):
+        """Hot swap: the room holds packs of either kind of score, and names for as many packs as memories."""
+        saved = save_packs(tmp_path, medical=medical)
+        editor = new_editor(OWN)
+        editor.reserve(4)
+        given = dict(editor.tokenizer([*PROMPTS[:2]] * 2, return_tensors="pt", padding=True), use_cache=False)
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda: editor.model(**given).logits, backend="aot_eager", fullgraph=True)
+
+        def run(names=None):
+            with torch.no_grad(), editor.routing.packs.naming(names):
+                torch.testing.assert_close(compiled(), editor.model(**given).logits)
+            return editor.routing.choice.tolist()
+
+        run(), run(["default"] * 4)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            editor.load_pack(saved["legal"], "legal")
+            assert run(["legal", "__base__"] * 2) == [1, -1] * 2 and run()[0] == 0
+            editor.load_pack(saved["medical"], "medical")
+            assert run(["legal", "medical", "__base__", "default"]) == [1, 3, -1, -1]
+            editor.set_active(["medical"])
+            assert run() == [3] * 4
+            editor.delete_pack("legal")
+            assert run() == [1] * 4 and run(["medical", "default"] * 2) == [1, -1] * 2
+            editor.load_pack(saved["legal"], "legal")
+            assert run(["default", "legal"] * 2)[1] == 3
+        assert editor.projection.values.shape[0] == 4 * len(editor.memories[0].index)
+
+    def test_named_rows_of_a_room_that_is_empty(self):
+        editor = new_editor()
+        editor.reserve(2)
+        assert generated(editor, PROMPTS[:1], pack_names=["__base__"]).shape == (1, 5)
+        assert editor.routing.choice.tolist() == [-1]
+
     def test_the_module_by_itself_compiles_nothing_again(self, editor):
         module, a = editor.projection, torch.randn(4, 3, editor.projection.in_features)
         torch._dynamo.reset()

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from wise_fast import place
+from wise_fast.compiled import eagerly
 from wise_fast.errors import ConfigError, UnsupportedModelError
 
 SUPPORTED = (
-    "decoder-only causal LMs with a dense FFN in floating point, such as Llama, Mistral, Qwen2, Qwen3, Gemma 2 and 3, "
-    "Phi-3, GPT-2, GPT-J, GPT-NeoX and OPT"
+    "decoder-only causal LMs with a dense FFN, such as Llama, Mistral, Qwen2, Qwen3, Gemma 2 and 3, Phi-3, GPT-2, "
+    "GPT-J, GPT-NeoX and OPT"
 )
-_LINEAR = (nn.Linear, Conv1D)
 _EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -41,6 +42,7 @@ class Architecture:
         context: longest input in tokens, or None when the config does not say.
         ffns: dotted names of the layers' FFNs, modules that treat every token by itself; None of a layer where there is
             no such module, or the edited projection is in it.
+        dtype: of the activations that the projection was given; a quantized weight's own is another.
     """
 
     decoder: str
@@ -53,6 +55,7 @@ class Architecture:
     family: str
     context: int | None
     ffns: tuple[str | None, ...] = ()
+    dtype: torch.dtype = torch.float32
 
     @property
     def holder(self) -> tuple[str, str]:
@@ -62,7 +65,10 @@ class Architecture:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(inputs, outputs) of an `nn.Linear` or a transformers `Conv1D`, whose weight is stored transposed."""
+    """(inputs, outputs) of a linear map; a transformers `Conv1D` stores its weight transposed, a packed one has another
+    shape."""
+    if place.is_quantized(module):
+        return module.in_features, module.out_features
     rows, columns = module.weight.shape
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
 
@@ -73,14 +79,19 @@ def linear_weight(module: nn.Module) -> Tensor:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is `x W^T + b` with a floating point weight that is at hand: a `Linear` or `Conv1D` in effect.
+    """Whether a module is `x W^T + b` with a floating point weight: a `Linear` or `Conv1D` in effect.
 
-    A subclass counts if it computes the same (Falcon's does; quantization-aware and low-bit ones do not).
+    A subclass counts if it computes the same (Falcon's does; quantization-aware and low-bit ones do not). Weights may
+    be offloaded, or cut along their inputs over ranks.
     """
-    if not isinstance(module, _LINEAR) or not module.weight.is_floating_point() or module.weight.is_meta:
+    if not isinstance(module, place.LINEAR) or not module.weight.is_floating_point():
         return False
-    if type(module) in _LINEAR:
-        return True
+    if place.is_sharded(module):
+        return type(module) is nn.Linear and place.reads_shards(module)
+    if type(module) in place.LINEAR:
+        return place.is_plain(module) or place.is_offloaded(module)
+    if not place.is_plain(module):
+        return False
     weight = linear_weight(module)
     x = torch.linspace(-1, 1, weight.shape[1], device=weight.device, dtype=weight.dtype)[None]
     with torch.no_grad():
@@ -102,8 +113,8 @@ def find_architecture(model: nn.Module, layer: int | None = None) -> Architectur
         layer: index of the decoder layer to edit; None takes `default_layer`.
 
     Raises:
-        UnsupportedModelError: the model is an encoder-decoder, a mixture of experts, quantized, adapted, or not a
-            causal LM.
+        UnsupportedModelError: the model is an encoder-decoder, a mixture of experts, quantized in a way that hides the
+            projection, adapted, or not a causal LM.
         ConfigError: there is no such layer.
     """
     config = _check_family(model)
@@ -129,7 +140,8 @@ def find_architecture(model: nn.Module, layer: int | None = None) -> Architectur
         d_out=d_out,
         family=config.model_type,
         context=getattr(config, "max_position_embeddings", None),
-        ffns=_tokenwise_ffns(model, [names[m] for m in layers], layer, names[projection]),
+        dtype=calls[projection].dtype,
+        ffns=_tokenwise_ffns(model, [names[m] for m in layers], layer, names[projection], calls[projection].dtype),
     )
 
 
@@ -140,9 +152,7 @@ def _check_family(model: nn.Module):
         raise UnsupportedModelError(f"{found} is not a transformers model; supported: {SUPPORTED}")
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{found} is an encoder-decoder; supported: {SUPPORTED}")
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(f"{found} has quantized weights; load it unquantized. Supported: {SUPPORTED}")
-    absent = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    absent = next(place.absent(model), None)
     if absent is not None:
         raise UnsupportedModelError(f"{found} is not loaded: {absent} is on the meta device. Supported: {SUPPORTED}")
     if model.get_output_embeddings() is None:
@@ -158,18 +168,26 @@ def _check_family(model: nn.Module):
     return config
 
 
-def _probe(model: nn.Module) -> dict[nn.Module, bool]:
-    """Modules in the order in which they last finish, and whether they change the width of what they are given."""
-    calls: dict[nn.Module, bool] = {}
+@dataclass(frozen=True)
+class _Call:
+    """What a module did: whether it changed the width of what it was given, and the dtype that it was given."""
+
+    widens: bool = False
+    dtype: torch.dtype | None = None
+
+
+def _probe(model: nn.Module) -> dict[nn.Module, _Call]:
+    """Modules in the order in which they last finish."""
+    calls: dict[nn.Module, _Call] = {}
 
     def note(module, args, output):
         tensors = bool(args) and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor)
         calls.pop(module, None)
-        calls[module] = tensors and args[0].shape[-1:] != output.shape[-1:]
+        calls[module] = _Call(args[0].shape[-1:] != output.shape[-1:], args[0].dtype) if tensors else _Call()
 
     handles = [m.register_forward_hook(note) for m in model.modules()]
     # Two texts that differ in their last token alone: a causal LM says the same of their first.
-    device = model.get_input_embeddings().weight.device
+    device = place.device_of(model.get_input_embeddings())
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.tensor([[0, 1, 2], [0, 1, 3]], device=device) % vocabulary
     try:
@@ -183,7 +201,10 @@ def _probe(model: nn.Module) -> dict[nn.Module, bool]:
         for handle in handles:
             handle.remove()
     first = logits[:, 0].float()
-    if (first[0] - first[1]).abs().max() > 64 * torch.finfo(logits.dtype).eps * first.abs().max():
+    # Activations quantized on the way may share a scale with those of later tokens.
+    quantized = any(map(place.is_quantized, calls))
+    slack = 0.05 if quantized else 64 * torch.finfo(logits.dtype).eps
+    if (first[0] - first[1]).abs().max() > slack * first.abs().max():
         raise UnsupportedModelError(
             f"{type(model).__name__} lets a token see later ones, so it is not a causal LM; supported: {SUPPORTED}"
         )
@@ -200,7 +221,7 @@ def _find_layers(model, config, calls, names) -> list[nn.Module]:
     )
 
 
-def _find_projection(model: nn.Module, layer: nn.Module, calls: dict[nn.Module, bool]) -> nn.Module:
+def _find_projection(model: nn.Module, layer: nn.Module, calls: dict[nn.Module, _Call]) -> nn.Module:
     family = type(model).__name__
     stacked = [name for name, p in layer.named_parameters() if p.ndim > 2]
     if stacked or any("expert" in name.lower() for name, _ in layer.named_modules()):
@@ -213,17 +234,18 @@ def _find_projection(model: nn.Module, layer: nn.Module, calls: dict[nn.Module, 
     last = linear[-1] if linear else None
     # What changes the width behind the last known linear map is a linear map of a kind that is not known.
     behind = ran[ran.index(last) + 1 :] if linear else ran
-    unknown = [m for m in behind if calls[m] and last not in set(m.modules())]
+    unknown = [m for m in behind if calls[m].widens and last not in set(m.modules())]
     found = unknown[-1] if unknown else last
-    if not is_linear(found):
+    if not is_linear(found) and not place.is_quantized(found):
         weight = getattr(found, "weight", None)
         kind = f" of {weight.dtype} on {weight.device}" if isinstance(weight, torch.Tensor) else ""
         raise UnsupportedModelError(
             f"the FFN's value projection of {family} is a {type(found).__module__}.{type(found).__name__}{kind}, "
-            f"expected nn.Linear or Conv1D in floating point; supported: {SUPPORTED}"
+            f"expected nn.Linear or Conv1D, in floating point or with in_features, out_features and a packed weight; "
+            f"load the model unquantized. Supported: {SUPPORTED}"
         )
     # An FFN widens: what ends in a narrow linear map is an adapter (LoRA), what has too few of them no transformer.
-    width = model.get_input_embeddings().weight.shape[1]
+    width = _width(model)
     d_ff, d_out = linear_shape(last)
     if len(linear) < 3 or d_out < min(width, d_ff) or d_ff < d_out:
         raise UnsupportedModelError(
@@ -233,41 +255,47 @@ def _find_projection(model: nn.Module, layer: nn.Module, calls: dict[nn.Module, 
     return last
 
 
-def _tokenwise_ffns(model, layers: list[str], layer: int, projection: str) -> tuple[str | None, ...]:
+def _width(model: nn.Module) -> int:
+    embedding = model.get_input_embeddings()
+    return getattr(embedding, "embedding_dim", None) or embedding.weight.shape[1]
+
+
+def _tokenwise_ffns(model, layers: list[str], layer: int, projection: str, dtype) -> tuple[str | None, ...]:
     """What stands where the edited layer holds its value projection, if it gives each token what it gives alone.
 
     One module of each class is asked, not the edited one.
     """
-    inside = projection.removeprefix(layers[layer]).rpartition(".")[0]
+    inside, _, attribute = projection.removeprefix(layers[layer]).rpartition(".")
     names = [name + inside for name in layers]
     modules = dict(model.named_modules())
     found = [modules.get(name) if inside and i != layer else None for i, name in enumerate(names)]
-    alone = {kind: _is_tokenwise(model, module) for kind, module in {type(m): m for m in found if m}.items()}
+    asked = {type(m): m for m in found if m}
+    alone = {kind: _is_tokenwise(model, module, attribute, dtype) for kind, module in asked.items()}
     return tuple(name if alone.get(type(module)) else None for name, module in zip(names, found, strict=True))
 
 
-def _is_tokenwise(model, ffn: nn.Module) -> bool:
+def _is_tokenwise(model, ffn: nn.Module, projection: str, dtype: torch.dtype) -> bool:
     """Whether a module gives each token of three what it gives the token alone."""
-    weight = next(ffn.parameters())
-    width = model.get_input_embeddings().weight.shape[1]
-    x = torch.linspace(-1, 1, 3 * width, device=weight.device, dtype=weight.dtype).sin().view(1, 3, width)
+    width, device = _width(model), place.device_of(getattr(ffn, projection))
+    x = torch.linspace(-1, 1, 3 * width, device=device, dtype=dtype).sin().view(1, 3, width)
     try:
         with torch.no_grad(), evaluating(model):
             together, alone = ffn(x), torch.cat([ffn(x[:, i : i + 1]) for i in range(3)], 1)
     except (TypeError, ValueError, RuntimeError, IndexError):
         return False
     same = isinstance(together, Tensor) and together.shape == x.shape == alone.shape
-    return same and bool((together - alone).abs().max() <= 64 * torch.finfo(weight.dtype).eps * together.abs().max())
+    return same and bool((together - alone).abs().max() <= 64 * torch.finfo(dtype).eps * together.abs().max())
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run with the model in eval mode, and put every module's own mode back."""
+    """Run with the model in eval mode and without compiled graphs, and put every module's own mode back."""
     training = [m for m in model.modules() if m.training]
     for module in training:
         module.training = False
     try:
-        yield
+        with eagerly():
+            yield
     finally:
         for module in training:
             module.training = True

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from wise_fast.architectures import evaluating
+from wise_fast.place import device_of
 
 
 @torch.no_grad()
@@ -20,7 +21,7 @@ def sample_texts(model: nn.Module, tokenizer, lengths: Sequence[int], generator:
     if not lengths:
         return []
     count = len(lengths)
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model.get_input_embeddings())
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     size = model.get_input_embeddings().weight.shape[0]
     ids = torch.full((count, 1), 0 if first is None else first, device=device)

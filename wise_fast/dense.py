@@ -68,8 +68,17 @@ def merged(editor, merge: str = "ties") -> Tensor:
     return total
 
 
+def _require_plain(editor) -> None:
+    if not editor.projection.plain:
+        raise WiseError(
+            "the edited projection's weight is quantized, offloaded or cut over ranks, so nothing can be folded into "
+            "it; load the base model plainly, in floating point and at one place, and edit that"
+        )
+
+
 def folded_weight(editor, merge: str = "ties") -> Tensor:
     """The projection's weight with the memories in it, as its module stores it (a Conv1D's is transposed)."""
+    _require_plain(editor)
     base, delta = editor.projection.base_layer, merged(editor, merge)
     weight = base.weight.detach()
     return (weight.float() + (delta.t() if isinstance(base, Conv1D) else delta).to(weight.device)).to(weight.dtype)
@@ -103,6 +112,7 @@ class Dense:
     def __init__(self, editor):
         self.model, self.tokenizer, self.stop = editor.model, editor.tokenizer, editor.stop
         self.device, self.edits, self.head_at = editor.device, editor.edits, editor.head_at
+        _require_plain(editor)
         self._weight = editor.projection.base_layer.weight
         self._plain = self._weight.data
 

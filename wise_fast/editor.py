@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from wise_fast import merging, protection, tokens, training
+from wise_fast import capacity, compiled, merging, protection, tokens, training
 from wise_fast.architectures import find_architecture
 from wise_fast.calibration import calibrated
 from wise_fast.chat import rendered
@@ -18,6 +18,7 @@ from wise_fast.config import WiseConfig
 from wise_fast.data import Edit, as_edits, deduplicate
 from wise_fast.errors import ConfigError, WiseError
 from wise_fast.ffn import DualMemoryLinear
+from wise_fast.gradients import require_gradients
 from wise_fast.material import Material, seed_of
 from wise_fast.memory import SideMemory, storable
 from wise_fast.pack_rows import OWN
@@ -40,16 +41,19 @@ class WiseEditor(Material, Packs, Sharing):
     and `from_pretrained` keep, `unload` takes the editor off. The weights of the model are never written.
 
     Args:
-        model: a decoder-only causal LM (see `wise_fast.architectures.SUPPORTED`).
+        model: a decoder-only causal LM (see `wise_fast.architectures.SUPPORTED`), or `torch.compile` of one.
         tokenizer: its tokenizer; a pad token is not needed.
         config: `WiseConfig()` when None.
 
     Raises:
         UnsupportedModelError: the model's structure cannot be edited.
         ConfigError: a setting does not fit the model, or the model has an editor already.
+        WiseError: Inductor is set to freeze weights.
     """
 
     def __init__(self, model: nn.Module, tokenizer, config: WiseConfig | None = None):
+        compiled.require_live_weights()
+        model = compiled.original(model)
         self.model, self.tokenizer = model, tokenizer
         self.config = WiseConfig() if config is None else config
         if any(isinstance(m, DualMemoryLinear) for m in model.modules()):
@@ -86,8 +90,12 @@ class WiseEditor(Material, Packs, Sharing):
             EditDataError: an edit is unusable, does not fit the context, or tokenizes to nothing.
             PackError: the editor's own edits are not active, so that none of these would be answered; or this thread is
                 in the middle of a generation or of `packs_for`.
+            WiseError: Inductor is set to freeze weights.
+            UnsupportedModelError: quantized layers behind the projection pass no gradient.
         """
         self._require_own()
+        compiled.require_live_weights()
+        require_gradients(self.model, self.architecture, self.projection.dtype)
         given = rendered(self.tokenizer, as_edits(edits))
         kept, superseded = deduplicate(given)
         reports: dict[int, EditReport] = {
@@ -249,6 +257,20 @@ class WiseEditor(Material, Packs, Sharing):
     def _set_state(self, state: EditorState) -> None:
         self._serve(state, self._packs, self._active)
 
+    @in_turn
+    def reserve(self, memories: int) -> None:
+        """Make room for so many memories, those that are served included, so that edits change no buffer's shape or
+        address: what `torch.compile` or a CUDA graph made of the model serves them as they come, from the first on.
+
+        With more memories than that the room is doubled, and compiled graphs are made anew once. A memory holds
+        `config.shard_size` edits; in `routing.scores` free slots have columns too, of zeros.
+
+        Raises:
+            ConfigError: `memories` is not a positive number, or less than are served.
+        """
+        projection = self.projection
+        projection.reserve(memories, *capacity.planned(self.config, projection, memories))
+
     def _commit(self, state: EditorState) -> None:
         before = self._state
         self._set_state(state)
@@ -288,7 +310,8 @@ class WiseEditor(Material, Packs, Sharing):
     def _attach(self) -> None:
         parent, attribute = self.architecture.holder
         holder = self.model.get_submodule(parent)
-        setattr(holder, attribute, DualMemoryLinear(getattr(holder, attribute), self.routing, self.config.reduction))
+        wrapped = getattr(holder, attribute), self.routing, self.config.reduction, self.architecture.dtype
+        setattr(holder, attribute, DualMemoryLinear(*wrapped))
         self.routing.attach(self.model.get_submodule(self.architecture.decoder))
         self._generate = self.model.__dict__.get("generate")  # the user's own, if the model has one
         self.model.generate = Generation(self.model.generate, self.routing).generate

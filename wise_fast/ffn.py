@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 import wise_kernels as kernels
+from wise_fast import capacity, place
 from wise_fast.architectures import is_linear, linear_shape, linear_weight
-from wise_fast.errors import PackError, UnsupportedModelError
+from wise_fast.errors import ConfigError, PackError, UnsupportedModelError
 from wise_fast.memory import Bank
 from wise_fast.routing import Routing
 
+logger = logging.getLogger(__name__)
+
 _BUFFERS = ("values", "index", "bounds", "thresholds", "factors", "leveraged")  # of a bank, and of a state dict
+_ALL = (*_BUFFERS, "limits")  # of a bank
 _EXACT = ("thresholds", "factors", "limits")  # what decides the routing
 
 
@@ -23,22 +27,32 @@ class DualMemoryLinear(nn.Module):
 
     `forward(a)` takes [..., d_ff] and returns [..., d_out]: per sequence, the main memory's output if every score is
     at most its threshold, else that plus the side response of one memory (eq. 6). With an empty bank the original
-    module runs alone and the output is bit-identical to its.
+    module runs alone and the output is bit-identical to its. A bank has the size of what it holds, unless `reserve`
+    made room for more.
 
     Args:
-        base_layer: the `nn.Linear` or `Conv1D` to wrap; it is kept as is.
+        base_layer: the `nn.Linear`, `Conv1D` or quantized linear map to wrap; it is kept as is. Where its weight is
+            quantized, offloaded or cut over ranks, its own forward gives the main output (`wise_fast.place`).
         routing: context that knows prompts and caches; a fresh one treats every token as prompt.
         reduction: of token scores, "mean" or "max".
+        dtype: of the activations, and so of the side memory; None takes what the layer says it computes in.
 
     Raises:
-        UnsupportedModelError: `base_layer` is neither, or not in floating point.
+        UnsupportedModelError: `base_layer` is no such map, or not loaded.
     """
 
-    def __init__(self, base_layer: nn.Module, routing: Routing | None = None, reduction: str = "mean"):
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        routing: Routing | None = None,
+        reduction: str = "mean",
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        if not is_linear(base_layer):
+        if not is_linear(base_layer) and not place.is_quantized(base_layer):
             raise UnsupportedModelError(
-                f"a {type(base_layer).__name__} cannot be wrapped; expected nn.Linear or Conv1D in floating point"
+                f"a {type(base_layer).__name__} cannot be wrapped; expected nn.Linear or Conv1D in floating point, or "
+                "a quantized layer with in_features, out_features and a packed weight"
             )
         self.base_layer = base_layer
         self.routing = Routing() if routing is None else routing
@@ -48,6 +62,11 @@ class DualMemoryLinear(nn.Module):
             self.register_buffer(name, None)
         self.register_buffer("popcounts", None, persistent=False)
         self.register_buffer("limits", None, persistent=False)
+        kind = dict(dtype=place.dtype_of(base_layer) if dtype is None else dtype, device=place.device_of(base_layer))
+        self.register_buffer("_place", torch.empty(0, **kind), persistent=False)  # moves and is cast as the model is
+        self.reserved = False
+        self.named = True  # no bank without packs is served
+        self._size = capacity.NOTHING  # of what the bank holds
 
     @property
     def weight(self) -> Tensor:
@@ -60,6 +79,21 @@ class DualMemoryLinear(nn.Module):
         return self.base_layer.bias
 
     @property
+    def plain(self) -> bool:
+        """Whether the main memory's weight is at hand as floating point numbers."""
+        return place.is_plain(self.base_layer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where activations come in and side memories are; an offloaded weight is elsewhere."""
+        return self._place.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations and side memories; a quantized weight's is another."""
+        return self._place.dtype
+
+    @property
     def layout(self) -> str:
         """Mask layout of the bank: element bits are [J, d_out, words], neuron columns [K]."""
         return "element" if self.index is not None and self.index.ndim == 3 else "neuron"
@@ -67,15 +101,71 @@ class DualMemoryLinear(nn.Module):
     @property
     def memories(self) -> int:
         """Number of side memories being served."""
-        return 0 if self.bounds is None else self.bounds.shape[0] - 1
+        return self._size[0]
 
+    @torch.inference_mode(False)
     def set_bank(self, bank: Bank | None) -> None:
-        """Serve this `bank` (`wise_fast.memory.Bank`) from now on; None serves the main memory alone."""
-        device = self.base_layer.weight.device
-        for name in (*_BUFFERS, "limits"):
-            value = None if bank is None else getattr(bank, name)
-            setattr(self, name, None if value is None else value.to(device))
+        """Serve this `bank` (`wise_fast.memory.Bank`) from now on; None serves the main memory alone.
+
+        Where room was reserved the bank is copied into it, and graphs compiled or captured before serve it. One that
+        does not fit gets new buffers, with each size doubled until it does.
+        """
+        room = self._room
+        if self.reserved:
+            if bank is not None and not capacity.fits(room, bank):
+                self._hold(capacity.grown(room, bank, like=bank.values.new_empty(0, device=room.values.device)))
+                logger.info("a bank of %d memories outgrew what was reserved", bank.thresholds.shape[0])
+            capacity.put(self._room, bank)
+        else:
+            self._hold(bank)
+        self._size = capacity.NOTHING if bank is None else capacity.size_of(bank)
+        self.named = bank is None or bank.limits is not None
         self._count()
+
+    @torch.inference_mode(False)
+    def reserve(self, memories: int, rows: int, rank: int | None = None, layout: str = "neuron") -> None:
+        """Make room, so that banks up to this size are served without a change of any buffer's shape or address.
+
+        Memories that are served go on being served; a free slot costs next to nothing. What is saved (`state_dict`)
+        has the size of what is held.
+
+        Args:
+            memories: how many.
+            rows: values of all of them together: their columns (neuron layout) or single weights (element).
+            rank: columns of the leverage factors; None where scores are not over the root of their leverage.
+            layout: of the bank to come.
+
+        Raises:
+            ConfigError: a size is not positive, or the bank being served does not fit.
+        """
+        capacity.require_sizes(memories=memories, rows=rows, rank=1 if rank is None else rank)
+        shape, size = (self.out_features, self.in_features), capacity.Size(memories, rows, rank or 0)
+        room, held = capacity.blank(layout, shape, size, rank is not None, self._place), self.held
+        if held is not None and not capacity.fits(room, held):
+            given = "{} memories of {} values, factors of {} columns".format
+            raise ConfigError(
+                f"reserved are {given(*size[:3])} in the {layout} layout, but what is served takes "
+                f"{given(*capacity.size_of(held)[:3])} in the {self.layout} layout; reserve more"
+            )
+        capacity.put(room, held)
+        self._hold(room)
+        self.reserved = True
+        self._count()
+
+    @property
+    def _room(self) -> Bank | None:
+        """The buffers as a bank."""
+        return None if self.bounds is None else Bank(*(getattr(self, name) for name in _ALL))
+
+    @property
+    def held(self) -> Bank | None:
+        """The bank being served, without the room that is free; None when there is none."""
+        return capacity.taken(self._room, self._size) if self.memories else None
+
+    def _hold(self, bank: Bank | None) -> None:
+        for name in _ALL:
+            value = None if bank is None else getattr(bank, name)
+            setattr(self, name, None if value is None else value.to(self.device))
 
     def activate(self, rows: Sequence[int]) -> None:
         """Let sequences that ask for nothing have all that these rows of `limits` open; in place."""
@@ -84,31 +174,49 @@ class DualMemoryLinear(nn.Module):
 
     def _count(self) -> None:
         """Where the values of every block of bits begin, once a bank instead of in every call (element layout)."""
-        self.popcounts = kernels.popcount_table(self.index) if self.layout == "element" else None
+        made = kernels.popcount_table(self.index) if self.layout == "element" else None
+        if made is not None and self.popcounts is not None and self.popcounts.shape == made.shape:
+            self.popcounts.copy_(made)
+        else:
+            self.popcounts = made
 
     def forward(self, a: Tensor) -> Tensor:
-        if self.memories == 0 or not self.routing.enabled:
+        if self.bounds is None or not self.routing.enabled:
             return self.base_layer(a)
-        flat = a.reshape(-1, self.in_features)
-        held = self.routing.held
-        y, side, choice = self._prefill(a, flat) if held is None else (self.base_layer(flat), None, held.to(a.device))
+        flat = a.reshape(-1, a.shape[-1])
+        seen, held = place.whole(flat, self.in_features, self.base_layer), self.routing.held
+        if held is None:
+            y, side, choice = self._prefill(a, flat, seen)
+        else:
+            y, side, choice = self._main(flat), None, held.to(a.device)
         bank = self.values, self.index, self.bounds
         if self.layout == "neuron":
-            kernels.gated_add_(y, flat, *bank, choice, side)
+            kernels.gated_add_(y, seen, *bank, choice, side)
         else:
-            kernels.gated_add_element_(y, flat, *bank, choice, side, self.popcounts)
+            kernels.gated_add_element_(y, seen, *bank, choice, side, self.popcounts)
         return y.view(*a.shape[:-1], self.out_features)
 
-    def _prefill(self, a: Tensor, flat: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        one = self.memories == 1
-        given = flat, linear_weight(self.base_layer), self.bias, self.values, self.index, self.bounds, one
-        if self.layout == "neuron":
-            y, side, norms = kernels.dual_forward(*given)
+    def _main(self, flat: Tensor) -> Tensor:
+        """The main memory's output by its own forward; [N, d_out], to be changed in place."""
+        y = self.base_layer(flat)
+        # What a layer of a kind of its own returns with a gradient may be a view, which must not be changed.
+        return y if self.plain or not y.requires_grad else y.clone()
+
+    def _prefill(self, a: Tensor, flat: Tensor, seen: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Main output, response if it is kept, and the decision, for activations `a`: `flat` [N, features], of all
+        ranks `seen` [N, d_ff]."""
+        one = self.bounds.shape[0] == 2
+        bank = self.values, self.index, self.bounds, one
+        more = () if self.layout == "neuron" else (self.popcounts,)
+        if self.plain:
+            dual = kernels.dual_forward if self.layout == "neuron" else kernels.dual_forward_element
+            y, side, norms = dual(seen, linear_weight(self.base_layer), self.bias, *bank, *more)
         else:
-            y, side, norms = kernels.dual_forward_element(*given, self.popcounts)
+            respond = kernels.side_forward if self.layout == "neuron" else kernels.side_forward_element
+            y, (side, norms) = self._main(flat), respond(seen, *bank, *more)
         leverage = None
         if self.factors is not None:
-            leverage = kernels.leverage(flat, self.index, self.bounds, self.factors)
+            leverage = kernels.leverage(seen, self.index, self.bounds, self.factors)
             if self.leveraged is not None:  # over the root of 1 a score is as it was, to the bit
                 leverage = torch.where(self.leveraged[:, None], leverage, 1.0)
         mask = self.routing.mask
@@ -125,7 +233,7 @@ class DualMemoryLinear(nn.Module):
         rows = self.routing.rows
         if rows is None:
             return self.thresholds
-        if self.limits is None:
+        if not self.named:
             raise PackError(
                 "the bank was set by hand and has no packs; set the editor's state, and it serves them again"
             )
@@ -139,17 +247,28 @@ class DualMemoryLinear(nn.Module):
                 setattr(self, name, value.to(getattr(self, name).device))
         return self
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        held = self.held
+        for name in _BUFFERS if self.reserved else ():
+            value = None if held is None else getattr(held, name)
+            destination.pop(prefix + name, None)
+            if value is not None:
+                destination[prefix + name] = value
+
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        replaced = any(key.startswith(prefix) for key in state_dict)
-        if replaced:  # a bank's size is part of its state
-            for name in _BUFFERS:
-                value = state_dict.get(prefix + name)
-                device = self.base_layer.weight.device
-                setattr(self, name, None if value is None else torch.empty_like(value, device=device))
-            self.limits = None
+        if not any(key.startswith(prefix) for key in state_dict):
+            return super()._load_from_state_dict(state_dict, prefix, *args)
+        room = self._room
+        for name in _BUFFERS:  # a bank's size is part of its state
+            value = state_dict.get(prefix + name)
+            setattr(self, name, None if value is None else torch.empty_like(value, device=self.device))
+        self.limits = None
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if replaced:
-            self._count()
+        bank = self._room
+        if self.reserved:
+            self._hold(room)
+        self.set_bank(bank)
 
     def extra_repr(self) -> str:
         return f"d_ff={self.in_features}, d_out={self.out_features}, memories={self.memories}, layout={self.layout}"
@@ -188,7 +307,7 @@ class DualMemoryFFN(nn.Module):
         Raises:
             UnsupportedModelError: there is no such linear map.
         """
-        linear = [n for n, m in mlp.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+        linear = [n for n, m in mlp.named_modules() if isinstance(m, place.LINEAR) or place.is_quantized(m)]
         name = projection or (linear[-1] if linear else None)
         if name not in linear:
             raise UnsupportedModelError(

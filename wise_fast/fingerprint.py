@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from wise_fast.architectures import Architecture, find_architecture
 from wise_fast.errors import ConfigError, StorageError
 from wise_fast.ffn import DualMemoryLinear
+from wise_fast.place import parameters
 
 _SAMPLES = 512
 
@@ -20,24 +22,26 @@ def describe(model: nn.Module, architecture: Architecture) -> dict:
     `weights` is a sha256 over the bytes, in the dtype they are stored in, of the whole weight (and bias) of the edited
     projection and of 512 evenly spaced elements, first and last among them, of every other parameter, with all names
     and shapes. Another checkpoint, fine-tune, dtype or vocabulary size changes it; a change that misses every sampled
-    element does not. Offloaded parameters (meta device) count by name and shape alone.
+    element does not. Where parameters are kept, offloaded or cut over ranks, does not matter. Quantized weights are
+    taken as they are stored, so a quantized model is another base model than the one it was made of.
     """
     projection = model.get_submodule(architecture.projection)
-    base = projection.base_layer if isinstance(projection, DualMemoryLinear) else projection
+    # An editor's model may have been cast since its architecture was found.
+    dtype = projection.dtype if isinstance(projection, DualMemoryLinear) else architecture.dtype
     digest, wrapped, own = hashlib.sha256(), f"{architecture.projection}.base_layer.", f"{architecture.projection}."
-    parameters = {name.replace(wrapped, own): p for name, p in model.named_parameters()}
-    for name in sorted(parameters):
-        parameter = parameters[name]
+    readers = {name.replace(wrapped, own): read for name, read in parameters(model).items()}
+    for name in sorted(readers):
+        parameter = readers[name]()
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype};".encode())
-        if not parameter.is_meta:
-            digest.update(_bytes(parameter if name.startswith(own) else _sample(parameter)))
+        for stored in _stored(parameter):
+            digest.update(_bytes(stored if name.startswith(own) else _sample(stored)))
     return {
         "family": architecture.family,
         "layers": len(architecture.layers),
         "layer": architecture.layer,
         "projection": architecture.projection,
         "shape": [architecture.d_out, architecture.d_ff],
-        "dtype": str(base.weight.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "weights": digest.hexdigest(),
     }
 
@@ -83,6 +87,15 @@ def compare(base: dict, found: dict) -> None:
             f"(fingerprint {base['weights'][:12]}, this model's {found['weights'][:12]}). Load the checkpoint it was "
             "made for, without later fine-tuning"
         )
+
+
+def _stored(parameter: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that a parameter is made of: itself, unless it is of a class of its own (quantized)."""
+    if hasattr(parameter, "__tensor_flatten__"):
+        for name in parameter.__tensor_flatten__()[0]:
+            yield from _stored(getattr(parameter, name))
+    elif not parameter.is_meta:
+        yield parameter
 
 
 def _sample(parameter: Tensor) -> Tensor:

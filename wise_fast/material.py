@@ -55,7 +55,7 @@ class Material:
     @property
     def device(self) -> torch.device:
         """Where the edited projection lives."""
-        return self.projection.weight.device
+        return self.projection.device
 
     @functools.cached_property
     def _samples(self) -> list[str]:

@@ -65,7 +65,7 @@ class Packs:
                 or layer. Nothing has changed then.
         """
         self._require_new(name)
-        device = self.projection.weight.device
+        device = self.projection.device
         saved = storage.load(hub.local(directory, revision, token))
         fingerprint.compare(saved.base, fingerprint.describe(self.model, self.architecture))
         self._require_fitting(name, saved)
@@ -127,7 +127,7 @@ class Packs:
         Raises:
             PackError: a pack is not known; or, in a forward or generation, there are not as many names as sequences.
         """
-        with self.routing.turn, self.routing.packs.naming(names, device=self.projection.weight.device):
+        with self.routing.turn, self.routing.packs.naming(names, device=self.projection.device):
             yield
 
     @property
@@ -141,22 +141,32 @@ class Packs:
         return list(self._active)
 
     def _serve(self, state: EditorState, packs: Mapping[str, Pack], active: tuple[str, ...]) -> None:
-        """Serve these from now on. What can fail comes first, so that a failure changes nothing."""
-        groups = {OWN: alike(state.memories, self.config.route_by)}
-        groups |= {name: list(pack.memories) for name, pack in packs.items()}
+        """Serve these from now on; a failure changes nothing."""
         names = {**ROWS, **{name: row for row, name in enumerate(packs, len(ROWS))}}
-        order = tuple(name for name, memories in groups.items() for _ in memories)
-        with torch.inference_mode(False):  # what is active is changed in place later
-            bank = Bank.join(
-                [memory for memories in groups.values() for memory in memories], self.projection.weight.dtype
-            )
-            if bank is not None:
-                bank = by_pack(bank, [names[name] for name in order], len(names), [names[n] for n in (BASE, *active)])
+        bank, order = self._joined(state, packs, active, names)
+        try:
             self.projection.set_bank(bank)
+        except BaseException:  # what is half copied into reserved room
+            before, _ = self._joined(self._state, self._packs, self._active, self.routing.packs.names)
+            self.projection.set_bank(before)
+            raise
         if order[: len(self._order)] != self._order:
             self.routing.numbering += 1
         self.routing.packs.names = names
         self._state, self._packs, self._active, self._order = state, packs, active, order
+
+    @torch.inference_mode(False)  # what is active is changed in place later
+    def _joined(
+        self, state: EditorState, packs: Mapping[str, Pack], active: tuple[str, ...], names: Mapping[str, int]
+    ) -> tuple[Bank | None, tuple[str, ...]]:
+        """All memories as one bank, and the pack of each."""
+        groups = {OWN: alike(state.memories, self.config.route_by)}
+        groups |= {name: list(pack.memories) for name, pack in packs.items()}
+        order = tuple(name for name, memories in groups.items() for _ in memories)
+        bank = Bank.join([memory for memories in groups.values() for memory in memories], self.projection.dtype)
+        if bank is not None:
+            bank = by_pack(bank, [names[name] for name in order], len(names), [names[n] for n in (BASE, *active)])
+        return bank, order
 
     def _require_own(self) -> None:
         if OWN not in self._active:

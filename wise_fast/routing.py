@@ -75,11 +75,7 @@ class Routing:
         held: [B] int64 decision made at prefill that this forward must keep, or None.
         choice: [B] int64 decision of the latest forward: memory index, or -1 for the main memory; None when it asked
             for none (disabled, or no memories).
-        scores: [B, J] fp32 of the latest prefill, or None likewise; of every memory, whether or not it may answer.
-        rows: [B] int64 of the current forward, what each sequence asks for (see `PackRows`); None where all ask alike.
-        packs: what may be asked for.
-        numbering: changes whenever memories get other indices, so that no cache goes on with another's.
-        generating: whether a `generate` is at work.
+        self._first = False  # the generation's first forward is to come
 
     A forward decides on the tokens it is given. It keeps the cache's decision when it decodes: with one token, or with
     any number inside `generate` after its first forward. More tokens than one outside `generate` are a new prompt, so
@@ -100,8 +96,10 @@ class Routing:
         self.turn = Turn()
         self.generating = False
         self._prompt: Tensor | None = None
+        self.generating = False
+        self._first = False  # the generation's first forward is to come
         self._total: int | None = None
-        self._prompt_length: int | None = None
+        self._prompt_length = 0
         self._parameters: tuple[str, ...] = ()
         self._handles: list = []
 
@@ -140,15 +138,16 @@ class Routing:
         """Around one `generate` call: its first forward decides, also when a cache is handed in or none is used.
 
         Args:
-            total: tokens of the prompt, with those in the cache; the first forward may have drafted ones behind them.
+            total: tokens of the prompt, with those in the cache, where the first forward may have drafted ones behind
+                them. Compiled forwards are made for one number, so None where it cannot.
         """
         with self.turn:
-            before = self.generating, self._prompt_length, self._total
-            self.generating, self._prompt_length, self._total = True, None, total
+            before = self.generating, self._first, self._prompt_length, self._total
+            self.generating, self._first, self._total = True, True, total
             try:
                 yield
             finally:
-                self.generating, self._prompt_length, self._total = before
+                self.generating, self._first, self._prompt_length, self._total = before
 
     def _given(self, args, kwargs) -> dict:
         return dict(zip(self._parameters, args, strict=False)) | kwargs
@@ -164,7 +163,7 @@ class Routing:
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         batch, length = tokens.shape[:2]
         cache = given.get("past_key_values")
-        first = self.generating and self._prompt_length is None
+        first = self._first
         kept = getattr(cache, "routing_choice", None)
         if kept is not None:
             _follow(cache)
@@ -186,6 +185,7 @@ class Routing:
             prompt = self._prompt.to(tokens.device)[:, :length]
             self.mask = self.mask & nn.functional.pad(prompt, (0, length - prompt.shape[1]), value=False)
         if first:
+            self._first = False
             self._prompt_length = length - self._drafted(length, given.get("attention_mask"), cache)
         if self.generating:
             self.mask = self.mask & (torch.arange(length, device=tokens.device) < self._prompt_length)
@@ -258,9 +258,16 @@ class Generation:
                 "chunk alone; leave it unset"
             )
         given = _prompts(args, kwargs)
-        total, sequences, device = (None, 1, None) if given is None else (given.shape[1], given.shape[0], given.device)
+        sequences, device = (1, None) if given is None else (given.shape[0], given.device)
+        total = given.shape[1] if given is not None and _drafts(config, kwargs) else None
         with self.routing.generation(total), self.routing.packs.naming(pack_names, sequences, device):
             return self.inner(*args, **kwargs)
+
+
+def _drafts(config, kwargs) -> bool:
+    """Whether an assistant, or a lookup in the prompt, drafts tokens that the model then checks."""
+    settings = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+    return any(kwargs.get(name) or getattr(config, name, None) for name in settings)
 
 
 def _prompts(args, kwargs) -> Tensor | None:

@@ -46,7 +46,7 @@ def application(editor, name: str = "edited", editable: bool = False) -> FastAPI
         WiseError: the editor was unloaded from its model.
     """
     projection = editor.projection  # raises where there is none any more
-    manager = _One(device=str(projection.weight.device), model_timeout=-1)
+    manager = _One(device=str(projection.device), model_timeout=-1)
     manager.loaded_models[manager.process_model_name(name)] = _Kept(editor.model, -1, processor=editor.tokenizer)
     manager.force_model, manager.editor = name, editor
     state, refused = _State(), _Refused()

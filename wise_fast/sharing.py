@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from wise_fast import card, dense, fingerprint, hub, storage
+from wise_fast import card, compiled, dense, fingerprint, hub, storage
 from wise_fast.architectures import Architecture
 from wise_fast.config import WiseConfig
 from wise_fast.state import EditorState
@@ -82,6 +82,7 @@ class Sharing:
             ConfigError: the model has an editor already.
             UnsupportedModelError: the model's structure cannot be edited.
         """
+        model = compiled.original(model)
         saved = storage.load(hub.local(directory, revision, token))
         fingerprint.check(saved.base, model, saved.config.layer)
         editor = cls(model, tokenizer, saved.config)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from wise_fast import place
 from wise_fast.architectures import Architecture, evaluating
 from wise_fast.axes import SHAPES, Axis, axes_of, pick
 
@@ -100,15 +101,15 @@ class Tail:
     def capture(self, input_ids: Tensor, attention_mask: Tensor) -> Capture:
         """Run the frozen part once. Both arguments are [B, T]; rows are padded on the right."""
         a, tape = self._record(input_ids, attention_mask)
+        base = getattr(self._projection(), "base_layer", self._projection())
         flat = a.reshape(-1, a.shape[-1])
-        projection = self._projection()
-        main = getattr(projection, "base_layer", projection)(flat)
-        return Capture(input_ids, attention_mask, flat, main, tape, self.axes, tuple(a.shape[:-1]))
+        whole = place.whole(flat, self.architecture.d_ff, base)
+        return Capture(input_ids, attention_mask, whole, base(flat), tape, self.axes, tuple(a.shape[:-1]))
 
     @functools.cached_property
     def axes(self) -> Axes:
         """Where the sequences and their tokens are in every taped tensor."""
-        device = self.model.get_input_embeddings().weight.device
+        device = place.device_of(self.model.get_input_embeddings())
         first, second = (torch.zeros(size, dtype=torch.long, device=device) for size in SHAPES)
         with torch.no_grad():
             (_, one), (_, two) = (self._record(ids, torch.ones_like(ids)) for ids in (first, second))
@@ -127,6 +128,11 @@ class Tail:
             stack.enter_context(suppress(_Reached))
             self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return found[0], tape
+
+    @property
+    def head_is_plain(self) -> bool:
+        """Whether the LM head's weight can be read, so that `head_of` can take a part of it."""
+        return place.is_plain(self.model.get_submodule(self.architecture.head))
 
     def head_of(self, vocabulary: Tensor) -> tuple[Tensor, Tensor | None]:
         """The LM head's weight and bias for these tokens [V], for `replay`."""
@@ -229,7 +235,7 @@ class Tail:
         """Let the LM head see only these of the flattened [B*T] tokens: logits become [1, M, vocabulary]."""
         head = self.model.get_submodule(self.architecture.head)
         handle = head.register_forward_pre_hook(
-            lambda _m, args: (args[0].reshape(-1, args[0].shape[-1])[positions][None], *args[1:])
+            lambda _m, args: (args[0].reshape(-1, args[0].shape[-1])[positions.to(args[0].device)][None], *args[1:])
         )
         try:
             yield
@@ -283,9 +289,9 @@ def _at(positions: Tensor, forward: Callable) -> Callable:
     """A token-wise module that computes these of the flattened tokens; the others, which nothing reads, are zero."""
 
     def sparse(x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        some = forward(flat[None, positions])[0]
-        return torch.zeros_like(flat).index_copy(0, positions, some).view(x.shape)
+        flat, places = x.reshape(-1, x.shape[-1]), positions.to(x.device)
+        some = forward(flat[None, places])[0]
+        return torch.zeros_like(flat).index_copy(0, places, some).view(x.shape)
 
     return sparse
 

@@ -322,7 +322,8 @@ class Trainer:
         return [(group, places, seen) for (group, places), seen in zip(split, looks, strict=True)]
 
     def _restrict(self, looks: Sequence[tuple[Group, list[int], Look]]) -> None:
-        if looks[0][2].logits.shape[1] > WHOLE_VOCABULARY:
+        plain = self.rows.groups[0].tail.head_is_plain  # a quantized or offloaded head gives all or nothing
+        if plain and looks[0][2].logits.shape[1] > WHOLE_VOCABULARY:
             self.rows.restrict(looks)
 
     @torch.no_grad()

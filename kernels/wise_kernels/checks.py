@@ -26,13 +26,15 @@ def spans(bounds: Tensor, rows: int) -> list[tuple[int, int]]:
 
     Reading them is free on CPU and would sync elsewhere, save for one memory, whose span is known.
 
-    Raises ValueError unless `bounds` run from 0 to `rows` without a step back.
+    Rows behind the last bound belong to no memory: a bank may have room for more than it holds.
+
+    Raises ValueError unless `bounds` run from 0 to at most `rows` without a step back.
     """
     if bounds.shape[0] == 2 and bounds.device.type != "cpu":
         return [(0, rows)]
     ends = bounds.tolist()
-    if ends[0] != 0 or ends[-1] != rows:
-        raise ValueError(f"bounds must run from 0 to the {rows} rows of values, got {ends}")
+    if ends[0] != 0 or ends[-1] > rows:
+        raise ValueError(f"bounds must run from 0 to at most the {rows} rows of values, got {ends}")
     found = list(zip(ends, ends[1:], strict=False))
     if any(low > high for low, high in found):
         raise ValueError(f"bounds must not decrease, got {ends}")

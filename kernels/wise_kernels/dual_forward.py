@@ -129,7 +129,7 @@ def dual_forward(
         y [N, O], with `exact_main` bit-identical to F.linear(a, weight, bias); side [J, N, O] in the dtype of `a`
         ([J, 0, O] without `response`); norms [J, N] fp32.
 
-    Raises ValueError for shapes, dtypes or devices other than these, and on CPU for bounds that do not cover `values`.
+    Raises ValueError for shapes, dtypes or devices other than these, and on CPU for bounds that do not lie in `values`.
     """
     a, weight, bias, values = autocast(a, weight, bias, values)
     check_neuron(a, values, columns, bounds)
@@ -164,7 +164,7 @@ def dual_forward_element(
         y [N, O], bit-identical to F.linear(a, weight, bias); side [J, N, O] in the dtype of `a` ([J, 0, O] without
         `response`); norms [J, N] fp32.
 
-    Raises ValueError for shapes, dtypes or devices other than these, and on CPU for bounds that do not cover `values`.
+    Raises ValueError for shapes, dtypes or devices other than these, and on CPU for bounds that do not lie in `values`.
     """
     a, weight, bias, values = autocast(a, weight, bias, values)
     check_element(a, values, bits, bounds)

@@ -151,7 +151,7 @@ def gated_add_(
         side: [J, N, O] responses in the dtype of `y` if they are known already, else None.
 
     Raises ValueError for shapes, dtypes or devices other than these, and on CPU for a choice that is not in the bank
-    or bounds that do not cover `values`.
+    or bounds that do not lie in `values`.
     """
     a, values, side = autocast(a, values, side)
     _check_gate(y, a, values.shape[1], check_neuron(a, values, columns, bounds), choice, side)
@@ -187,7 +187,7 @@ def gated_add_element_(
         popcounts: popcount_table(bits), to spare a device counting the bank in every call; not used on CPU.
 
     Raises ValueError for shapes, dtypes or devices other than these, and on CPU for a choice that is not in the bank
-    or bounds that do not cover `values`.
+    or bounds that do not lie in `values`.
     """
     a, values, side = autocast(a, values, side)
     _check_gate(y, a, bits.shape[1], check_element(a, values, bits, bounds), choice, side)

@@ -15,6 +15,9 @@ def _leverage(a: Tensor, columns: Tensor, bounds: Tensor, factors: Tensor) -> Te
     # Autocast would round the products that scores are measured by.
     with torch.autocast(a.device.type, enabled=False):
         for j, (low, high) in enumerate(spans(bounds, columns.shape[0])):
+            if low == high:  # a slot that is free
+                out[j] = 0.0
+                continue
             # Squares of fp16 activations overflow at 256: go up before squaring, not after.
             active = a.index_select(1, columns[low:high]).float()
             out[j] = (active @ factors[low:high].float()).square().sum(1)
@@ -50,7 +53,7 @@ def leverage(a: Tensor, columns: Tensor, bounds: Tensor, factors: Tensor) -> Ten
     Returns:
         [J, N] fp32, in squares of activations; 0 where a memory has been taught all of a token's activation.
 
-    Raises ValueError for shapes, dtypes or devices other than these, and on CPU for bounds that do not cover `columns`.
+    Raises ValueError for shapes, dtypes or devices other than these, and on CPU for bounds outside of `columns`.
     """
     check_activations(a)
     if factors.dim() != 2 or not factors.is_floating_point():

@@ -16,6 +16,9 @@ def neuron_side(a: Tensor, values: Tensor, columns: Tensor, bounds: Tensor, resp
     """Side [J, N or 0, O] and norms [J, N] of a bank in the neuron layout."""
     side, norms = empty_side(a, bounds.shape[0] - 1, values.shape[1], response)
     for j, (low, high) in enumerate(spans(bounds, values.shape[0])):
+        if low == high:
+            _store_nothing(j, side, norms)
+            continue
         response_j = a.index_select(1, columns[low:high]) @ values[low:high]
         _store(response_j, j, side, norms, response)
     return side, norms
@@ -25,6 +28,9 @@ def element_side(a: Tensor, values: Tensor, bits: Tensor, bounds: Tensor, respon
     """Side [J, N or 0, O] and norms [J, N] of a bank in the element layout."""
     side, norms = empty_side(a, bits.shape[0], bits.shape[1], response)
     for j, (low, high) in enumerate(spans(bounds, values.shape[0])):
+        if low == high:
+            _store_nothing(j, side, norms)
+            continue
         _store(F.linear(a, unpack_dense(values[low:high], bits[j], a.shape[1])), j, side, norms, response)
     return side, norms
 
@@ -61,6 +67,11 @@ def _store(response_j: Tensor, j: int, side: Tensor, norms: Tensor, response: bo
     norms[j] = torch.linalg.vector_norm(response_j, dim=1, dtype=wide)
     if response:
         side[j] = response_j
+
+
+def _store_nothing(j: int, side: Tensor, norms: Tensor) -> None:
+    """An empty memory, such as a slot that is free, costs no product."""
+    norms[j], side[j] = 0.0, 0.0
 
 
 @torch.library.custom_op("wise::side_backward", mutates_args=())
@@ -184,7 +195,7 @@ def side_forward(
     Returns:
         side [J, N, O] in the dtype of `a` ([J, 0, O] without `response`) and norms [J, N] fp32.
 
-    Raises ValueError for shapes, dtypes or devices other than these, and on CPU for bounds that do not cover `values`.
+    Raises ValueError for shapes, dtypes or devices other than these, and on CPU for bounds that do not lie in `values`.
     """
     a, values = autocast(a, values)
     check_neuron(a, values, columns, bounds)
@@ -213,7 +224,7 @@ def side_forward_element(
     Returns:
         side [J, N, O] in the dtype of `a` ([J, 0, O] without `response`) and norms [J, N] fp32.
 
-    Raises ValueError for shapes, dtypes or devices other than these, and on CPU for bounds that do not cover `values`.
+    Raises ValueError for shapes, dtypes or devices other than these, and on CPU for bounds that do not lie in `values`.
     """
     a, values = autocast(a, values)
     check_element(a, values, bits, bounds)

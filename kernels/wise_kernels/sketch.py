@@ -150,7 +150,7 @@ def sketched_route(
     Returns:
         scores [B, J] fp32, exact or sketched, and choice [B] int64, -1 for the main memory; ties go to the lower index.
 
-    Raises ValueError for shapes, dtypes or devices other than these, and on CPU for bounds that do not cover `values`.
+    Raises ValueError for shapes, dtypes or devices other than these, and on CPU for bounds that do not lie in `values`.
     """
     a, values = autocast(a, values)
     memories = check_neuron(a, values, columns, bounds)

@@ -121,7 +121,7 @@ def test_errors_leave_the_output_as_it_was():
         "choice must be int64": {"choice": torch.tensor([0.0, 0.0])},
         "choice names memory 2": {"choice": torch.tensor([0, 2])},
         "pass None": {"side": torch.zeros(2, 0, OUTPUTS)},
-        "from 0 to the 11 rows": {"bounds": torch.tensor([0, 5, 10])},
+        "from 0 to at most the 11 rows": {"bounds": torch.tensor([0, 5, 12])},
     }
     arguments = dict(zip(("values", "columns", "bounds"), bank, strict=True)) | {"choice": torch.tensor([0, 1])}
     for message, change in cases.items():

@@ -1,0 +1,170 @@
+"""Room in a bank: buffers that are larger than what they hold, so that a new memory is a change of data, not of shapes.
+
+A slot that is free is a memory of no rows whose threshold is infinite: it is never in scope and costs nothing to score.
+Graphs that were compiled or captured over the buffers go on with what is put into them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from wise_fast.config import WiseConfig
+from wise_fast.errors import ConfigError
+from wise_fast.memory import Bank
+from wise_fast.pack_rows import ROWS
+from wise_fast.protection import RANK
+from wise_kernels.bits import words
+
+
+class Size(NamedTuple):
+    """What a bank takes, or has room for: memories, rows of values, columns of the factors, rows of `limits`."""
+
+    memories: int
+    rows: int
+    rank: int
+    packs: int = 0
+
+
+NOTHING = Size(0, 0, 0)
+
+
+def blank(layout: str, shape: tuple[int, int], size: Size, factors: bool, like: torch.Tensor) -> Bank:
+    """A bank of free slots.
+
+    Args:
+        layout: "neuron" or "element".
+        shape: (d_out, d_ff) of the projection.
+        size: that fits; every memory may be a pack of its own.
+        factors: whether scores are over the root of their leverage.
+        like: has the device and the dtype of the values.
+    """
+    (d_out, d_ff), (memories, rows, rank, packs) = shape, size
+    whole, real = (dict(dtype=kind, device=like.device) for kind in (torch.int64, torch.float32))
+    if layout == "neuron":
+        values, index = like.new_zeros(rows, d_out), torch.zeros(rows, **whole)
+    else:
+        values = like.new_zeros(rows + 1)[:-1]  # kernels may read them in pairs
+        index = torch.zeros(memories, d_out, words(d_ff), dtype=torch.int32, device=like.device)
+    return Bank(
+        values,
+        index,
+        torch.zeros(memories + 1, **whole),
+        torch.full((memories,), torch.inf, **real),
+        torch.zeros(rows, rank, **real) if factors else None,
+        torch.ones(memories, dtype=torch.bool, device=like.device) if factors else None,
+        torch.full((max(packs, memories + len(ROWS)), memories), torch.inf, **real),
+    )
+
+
+def require_sizes(**sizes: int) -> None:
+    """Raise ConfigError unless every size is a whole number from 1."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ConfigError(f"{name} is {size!r}, expected a whole number from 1")
+
+
+def planned(config: WiseConfig, projection: nn.Module, memories: int) -> tuple[int, int | None, str]:
+    """Rows, columns of the factors and layout that so many memories take: those being served, and new ones of a config.
+
+    Args:
+        projection: the `DualMemoryLinear` that serves them.
+
+    Raises:
+        ConfigError: `memories` is not a positive number.
+    """
+    require_sizes(memories=memories)
+    d_out, d_ff = projection.out_features, projection.in_features
+    if config.layout == "neuron":
+        each = max(1, round(config.mask_ratio * d_ff))
+    else:  # each weight is drawn by itself: six standard deviations more than are to be expected
+        count = d_out * d_ff
+        each = min(count, round(config.mask_ratio * count + 6 * (config.mask_ratio * count) ** 0.5))
+    leveraged = config.route_by == "leverage" and config.protect and config.layout == "neuron"
+    rank = min(RANK, each) if leveraged else None
+    held = projection.held
+    if held is None:
+        return memories * each, rank, config.layout
+    served, rows, columns, _ = size_of(held)
+    rank = max(columns, rank or 0) or None
+    return rows + max(0, memories - served) * each, rank, projection.layout
+
+
+def size_of(bank: Bank) -> Size:
+    """What a bank takes, or has room for."""
+    rank = 0 if bank.factors is None else bank.factors.shape[1]
+    packs = 0 if bank.limits is None else bank.limits.shape[0]
+    return Size(bank.thresholds.shape[0], bank.values.shape[0], rank, packs)
+
+
+def fits(room: Bank, bank: Bank) -> bool:
+    """Whether a bank can be put into the room of another: kind and dtype are the same, and it is not larger."""
+    same = room.index.ndim == bank.index.ndim and (room.factors is not None or bank.factors is None)
+    same = same and room.values.shape[1:] == bank.values.shape[1:] and room.values.dtype == bank.values.dtype
+    return same and all(there >= needed for there, needed in zip(size_of(room), size_of(bank), strict=True))
+
+
+@torch.no_grad()
+def put(room: Bank, bank: Bank | None) -> None:
+    """Copy a bank that fits into the tensors of `room`; None frees every slot."""
+    room.thresholds.fill_(torch.inf)  # nothing is in scope while values and index disagree
+    room.limits.fill_(torch.inf)
+    if bank is None:
+        room.bounds.zero_()
+        return
+    memories, rows, rank, packs = size_of(bank)
+    room.values[:rows].copy_(bank.values)
+    room.values[rows:].zero_()  # one memory alone is read to the end
+    room.index[: len(bank.index)].copy_(bank.index)
+    room.index[len(bank.index) :].zero_()
+    if room.factors is not None:
+        room.factors.zero_()
+        room.leveraged.fill_(bank.factors is not None)
+    if bank.factors is not None:
+        room.factors[:rows, :rank].copy_(bank.factors)
+    if bank.leveraged is not None:
+        room.leveraged[:memories].copy_(bank.leveraged)
+    if bank.limits is not None:
+        room.limits[:packs, :memories].copy_(bank.limits)
+    room.bounds[: memories + 1].copy_(bank.bounds)
+    room.bounds[memories + 1 :].fill_(rows)
+    room.thresholds[:memories].copy_(bank.thresholds)
+
+
+def grown(room: Bank, bank: Bank, like: torch.Tensor) -> Bank:
+    """Free slots for a bank that does not fit, each size doubled until it does, so that growth is rare."""
+    neuron = bank.index.ndim == 1
+    d_out = bank.values.shape[1] if neuron else bank.index.shape[1]
+    d_ff = 0 if neuron else 32 * bank.index.shape[2]
+    same = room.index.ndim == bank.index.ndim
+    doubled = tuple(
+        _doubled(there if same else needed, needed) for there, needed in zip(size_of(room), size_of(bank), strict=True)
+    )
+    factors = room.factors is not None or bank.factors is not None
+    return blank("neuron" if neuron else "element", (d_out, d_ff), Size(*doubled), factors, like)
+
+
+def taken(room: Bank, size: Size) -> Bank:
+    """The part of a room that holds something, as views; by size it may be all of it."""
+    memories, rows, rank, packs = size
+    leveraged = None if room.leveraged is None else room.leveraged[:memories]
+    factors = None if room.factors is None or not rank else room.factors[:rows, :rank]
+    if leveraged is not None and (factors is None or bool(leveraged.all())):
+        leveraged = None
+    return Bank(
+        room.values[:rows],
+        room.index[: rows if room.index.ndim == 1 else memories],
+        room.bounds[: memories + 1],
+        room.thresholds[:memories],
+        factors,
+        leveraged,
+        room.limits[:packs, :memories] if packs else None,
+    )
+
+
+def _doubled(size: int, needed: int) -> int:
+    while size < needed:
+        size = max(2 * size, 1)
+    return size
