@@ -13,6 +13,13 @@ from wise_fast.vocabulary import Likely
 LAYOUTS = ("neuron", "element")
 
 
+def weighted_nll(config, logits, target):
+    """Mean NLL of the target's tokens, the first of them weighted."""
+    nll = nn.functional.cross_entropy(logits, torch.tensor(target), reduction="none")
+    weight = torch.tensor([config.first_token] + [1.0] * (len(target) - 1))
+    return (nll * weight).sum() / weight.sum()
+
+
 def plain_loss(editor, trainer, facts, delta):
     """The whole loss by ordinary forwards of the model, row by row, with a dense delta [d_out, d_ff]."""
     config, unit = editor.config, editor.unit
@@ -28,7 +35,7 @@ def plain_loss(editor, trainer, facts, delta):
         for row in rows:
             ids = torch.tensor([[*row.prompt, *row.target[:-1]]])
             found = editor.model(ids).logits[0, len(row.prompt) - 1 :]
-            losses.append(nn.functional.cross_entropy(found, torch.tensor(row.target)))
+            losses.append(weighted_nll(config, found, row.target))
             scores.append(kept[-1][0, row.context : len(row.prompt)].norm(dim=-1).mean() / unit)
     handle.remove()
     norms = (trainer.quiet.texts.a @ delta.t()).norm(dim=-1) / unit
@@ -42,7 +49,9 @@ def plain_loss(editor, trainer, facts, delta):
 class TestGradient:
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_a_step_is_the_masked_gradient_of_the_plain_loss(self, layout):
-        editor = make_editor(layout=layout, optimizer="sgd", units="absolute", lr=0.5, alpha=1e-3, mask_ratio=0.3)
+        editor = make_editor(
+            layout=layout, optimizer="sgd", units="absolute", lr=0.5, alpha=1e-3, mask_ratio=0.3, first_token=3.0
+        )
         size = editor._open_shard(editor._state).shard.memory.values.shape
         values = 0.01 * torch.randn(size, generator=torch.Generator().manual_seed(2))
         trainer = make_trainer(editor, FACTS[:2], values)
@@ -261,7 +270,7 @@ class TestStopping:
         assert editor.edit(FACTS[0])[0].steps >= 9
 
     def test_the_reported_loss_is_what_the_served_model_has(self):
-        editor = make_editor(FACTS[:2])
+        editor = make_editor(FACTS[:2], first_token=3.0)
         editor.projection.thresholds.zero_()  # prefixed prompts may lie out of scope
         for fact, report in zip(FACTS, editor.edits, strict=False):
             losses = []
@@ -269,7 +278,7 @@ class TestStopping:
                 ids = torch.tensor([[*row.prompt, *row.target[:-1]]])
                 with torch.no_grad():
                     found = editor.model(ids).logits[0, len(row.prompt) - 1 :]
-                losses.append(float(nn.functional.cross_entropy(found, torch.tensor(row.target))))
+                losses.append(float(weighted_nll(editor.config, found, row.target)))
             assert report.loss == pytest.approx(sum(losses) / len(losses), rel=1e-3)
             assert report.success
 

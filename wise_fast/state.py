@@ -18,7 +18,8 @@ class EditReport:
     Attributes:
         edit: the edit itself.
         steps: optimiser steps taken.
-        loss_before: mean token NLL of the target (with its stop token) given the prompt, before.
+        loss_before: mean token NLL of the target (with its stop token) given the prompt, before; its first token weighs
+            `config.first_token`.
         loss: the same after, over the prompt and every augmented one.
         score: routing score of the bare prompt when it was taught, as the router measures it (`WiseConfig.route_by`).
         success: every target token is the argmax and the margins hold, on the prompt and every augmented one.
