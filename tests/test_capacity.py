@@ -1,8 +1,10 @@
 """Room in a bank: served alike whether it is full or not, saved by what it holds, changed in place."""
 
 import copy
+import io
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -11,7 +13,7 @@ from tests.test_ffn import D_FF, D_OUT, LAYOUTS, inputs, make_bank, make_base, m
 from wise_fast import capacity
 from wise_fast.errors import ConfigError
 from wise_fast.ffn import DualMemoryLinear
-from wise_fast.memory import Bank
+from wise_fast.memory import Bank, alike
 
 ROOM = {"neuron": (4, 4 * D_FF), "element": (4, 4 * D_FF * D_OUT)}
 NAMES = ("values", "index", "bounds", "thresholds", "factors")
@@ -36,7 +38,7 @@ def leveraged(count, seed=0, rank=5):
         m.replace(factor=torch.randn(len(m.index), rank, generator=torch.Generator().manual_seed(i)), z_threshold=0.5)
         for i, m in enumerate(make_memories("neuron", (0.5,) * count, seed))
     ]
-    return Bank.pack(memories, torch.float32)
+    return Bank.join(alike(memories, "leverage"), torch.float32)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -113,6 +115,56 @@ def test_a_state_dict_has_the_size_of_what_is_held(here, there):
     assert module.values.data_ptr() == place
     module.load_state_dict(make_base().state_dict() and DualMemoryLinear(make_base()).state_dict())
     assert module.memories == 0 and module.reserved
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_saved_state_has_no_room_in_it(layout, tmp_path):
+    def size(module):
+        file = io.BytesIO()
+        torch.save(module.state_dict(), file)
+        return len(file.getvalue())
+
+    bank = make_bank(layout, (5.0,))
+    assert size(roomy(layout, bank)) < 1.05 * size(tight(bank))
+    module = roomy("neuron", leveraged(2), rank=8)
+    safetensors.torch.save_file(module.state_dict(), tmp_path / "state.safetensors")
+    saved = module.state_dict()
+    kept = copy.deepcopy(saved)
+    module.set_bank(leveraged(1, seed=3))
+    assert all(torch.equal(saved[name], kept[name]) for name in kept)  # what is served later is not in it
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_was_held_may_be_served_again(layout):
+    bank, a = make_bank(layout, (5.0, 5.5)), inputs(6, 5)
+    module = roomy(layout, bank)
+    expected, held = module(a), module.held
+    module.set_bank(module.held)
+    assert torch.equal(module(a), expected)
+    module.set_bank(None)
+    module.set_bank(held)
+    assert torch.equal(module(a), expected) and (module.routing.choice >= 0).any()
+
+
+def test_what_cannot_be_reserved():
+    module = DualMemoryLinear(make_base())
+    with pytest.raises(ConfigError, match="layout is 'neurons'"):
+        module.reserve(2, D_FF, layout="neurons")
+    with pytest.raises(ConfigError, match="rank is 8"):
+        module.reserve(2, D_FF, 8, "element")
+    assert not module.reserved and module.bounds is None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_room_for_memories_that_ties_merges(layout):
+    """What was merged takes up to all columns, whatever share of them each shard has."""
+    changes = dict(layout=layout, mode="merge", shards=2, shard_size=1, batch_size=1, mask_ratio=0.3)
+    editor = make_editor(**changes)
+    editor.reserve(memories=3)
+    place = editor.projection.values.data_ptr()
+    for fact in (*FACTS, *FACTS[:2]):
+        editor.edit(fact)
+        assert editor.projection.values.data_ptr() == place and editor.projection.memories <= 3
 
 
 def test_life_as_a_module():

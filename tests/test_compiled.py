@@ -1,10 +1,12 @@
 """The edited model under `torch.compile`: one graph, the same answers, no recompile when edits are added in place."""
 
 import functools
+import threading
 from contextlib import nullcontext
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache, StaticCache
 from transformers.generation.configuration_utils import CompileConfig
 
@@ -12,6 +14,7 @@ from tests.edited import FACTS, make_editor, wide_model
 from tests.routed import FIXED, PROMPTS, generate, world
 from tests.tiny import tiny_tokenizer
 from wise_fast import WiseEditor
+from wise_fast.compiled import eagerly
 from wise_fast.errors import WiseError
 
 BACKEND = dict(backend="aot_eager", fullgraph=True)
@@ -27,6 +30,25 @@ def nothing_compiled():
 @pytest.fixture
 def llama():
     return world("llama", num_hidden_layers=2)
+
+
+def test_threads_that_run_eagerly_leave_the_stance_as_it_was():
+    entered, leave = threading.Event(), threading.Event()
+
+    def other():
+        with eagerly():
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    with eagerly():
+        thread.start()
+        assert entered.wait(10)
+    leave.set()
+    thread.join()
+    counter = CompileCounter()
+    torch.compile(lambda x: x + 1, backend=counter)(torch.ones(2))
+    assert counter.frame_count == 1  # compiled, not run eagerly
 
 
 def no_recompile():

@@ -164,6 +164,14 @@ class TestAgain:
     def test_of_another_run_is_refused(self, change, words, files, alone):
         assert words in self.run(1, *files[1], *change, "--out", alone["retrieve"][0])
 
+    def test_as_many_edits_that_are_others_are_refused(self, files, tmp_path):
+        """One record more, which supersedes an earlier one, comes to as many edits."""
+        edits = [*STREAM[:2], Edit(STREAM[0].prompt, "Q")]
+        (tmp_path / "edits.json").write_text(json.dumps([edit.to_dict() for edit in edits]))
+        given = (*files[1], "--edits", tmp_path / "edits.json", "--out", tmp_path / "run")
+        self.run(0, *given, "--limit", "2")
+        assert "edits (kept)" in self.run(1, *given, "--limit", "3")
+
     def test_a_run_of_another_kind_is_refused(self, files, tmp_path):
         (tmp_path / "run.json").write_text('{"format": "wise_fast run", "version": 1}')
         assert "its format is not 'wise_fast distributed run'" in self.run(1, *files[1], "--out", tmp_path)

@@ -12,7 +12,7 @@ from tests.test_architectures import Scaled
 from tests.tiny import FAMILIES, tiny_model
 from wise_fast.errors import UnsupportedModelError
 from wise_fast.ffn import DualMemoryFFN, DualMemoryLinear
-from wise_fast.memory import Bank, SideMemory
+from wise_fast.memory import Bank, SideMemory, alike
 from wise_fast.routing import Routing
 from wise_kernels import popcount_table
 
@@ -41,7 +41,7 @@ def make_memories(layout, thresholds, seed=0, shape=(D_OUT, D_FF), ratio=0.5):
 
 
 def make_bank(layout, thresholds, seed=0, shape=(D_OUT, D_FF), dtype=torch.float32, ratio=0.5):
-    return Bank.pack(make_memories(layout, thresholds, seed, shape, ratio), dtype)
+    return Bank.join(alike(make_memories(layout, thresholds, seed, shape, ratio), "leverage"), dtype)
 
 
 def inputs(*size, seed=3):
@@ -97,7 +97,7 @@ def test_in_scope_is_the_dense_side_memory(kind, bias, layout, count):
     scores = in_scope(base, memories, a)[2]
     memories = [m.replace(threshold=float(s)) for m, s in zip(memories, scores.quantile(0.7, 0), strict=True)]
     module = DualMemoryLinear(base)
-    module.set_bank(Bank.pack(memories, torch.float32))
+    module.set_bank(Bank.join(alike(memories, "leverage"), torch.float32))
     expected, choice, scores = in_scope(base, memories, a)
     assert len(choice.unique()) > count / 2 and (choice == -1).any() and (choice >= 0).any()
     torch.testing.assert_close(module(a), expected, rtol=1e-5, atol=1e-5)
@@ -111,7 +111,7 @@ def test_in_scope_is_the_dense_side_memory(kind, bias, layout, count):
 def test_max_reduction(layout):
     module = DualMemoryLinear(make_base(), reduction="max")
     memories = make_memories(layout, (0.0,))
-    module.set_bank(Bank.pack(memories, torch.float32))
+    module.set_bank(Bank.join(alike(memories, "leverage"), torch.float32))
     a = inputs(3, 5)
     module(a)
     expected = (a @ memories[0].dense().t()).norm(dim=-1).amax(1, keepdim=True)
@@ -256,7 +256,7 @@ def test_it_looks_like_what_it_wraps(kind):
 def test_gradients_pass_through(layout, count, held):
     base, memories = make_base(), make_memories(layout, (0.01,) * count)
     module = DualMemoryLinear(base)
-    module.set_bank(Bank.pack(memories, torch.float32))
+    module.set_bank(Bank.join(alike(memories, "leverage"), torch.float32))
     a = inputs(2, 5).requires_grad_()
     expected, choice, _ = in_scope(base, memories, a)
     module.routing.held = choice if held else None

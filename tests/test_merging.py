@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.edited import D_FF, FACTS, WIDTH, logits, make_editor
-from wise_fast.memory import Bank, SideMemory
+from wise_fast.memory import Bank, SideMemory, alike
 from wise_fast.merging import close_shard, merge_memories
 from wise_fast.metrics import answer
 from wise_fast.state import EditorState, Shard
@@ -66,7 +66,7 @@ class TestMerge:
         again = merge_memories([merge_memories(memories[:2], 1.0), memories[2]], 1.0)
         a = torch.randn(5, SHAPE[1])
         torch.testing.assert_close(again.respond(again.select(a)), a @ again.dense().t(), rtol=1e-4, atol=1e-5)
-        assert Bank.pack([again], torch.float32).bounds.tolist() == [0, again.values.shape[0]]
+        assert Bank.join(alike([again], "leverage"), torch.float32).bounds.tolist() == [0, again.values.shape[0]]
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_merging_leaves_its_arguments(self, layout):

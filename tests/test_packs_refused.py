@@ -1,5 +1,7 @@
 """Wrong use of packs is told before anything changes: names, batches, other bases, and moments at which nothing may."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import TextStreamer
@@ -8,7 +10,7 @@ from tests.edited import FACTS, untouched, wide_model
 from tests.packs import NAMES, OWN, PROMPTS, generated, new_editor, save_packs, with_packs
 from tests.stored import rewrite
 from tests.tiny import tiny_tokenizer
-from wise_fast import WiseEditor
+from wise_fast import Edit, WiseEditor
 from wise_fast.errors import ConfigError, PackError, StorageError, WiseError
 from wise_fast.ffn import DualMemoryLinear
 from wise_fast.training import Trainer
@@ -218,6 +220,31 @@ class TestMoments:
                 editor.model(input_ids=step, past_key_values=kept)
             editor.model(input_ids=torch.tensor([[5, 6]]), past_key_values=kept)  # a turn of its own is routed anew
             editor.model(input_ids=step, past_key_values=kept)
+
+    def test_a_cache_from_before_a_memory_was_dropped(self):
+        """Its only edit is superseded: the memories behind it move up, as many as before."""
+        editor = new_editor(FACTS[:2], shard_size=1, batch_size=1)
+        given = editor.tokenizer(FACTS[1].prompt, return_tensors="pt")
+        with torch.no_grad():
+            kept = editor.model(**given, use_cache=True).past_key_values
+            assert editor.routing.choice.tolist() == [1]
+            editor.edit(Edit(FACTS[0].prompt, "Bo"))
+            assert len(editor.memories) == 2
+            with pytest.raises(PackError, match="fresh cache"):
+                editor.model(input_ids=torch.tensor([[5]]), past_key_values=kept)
+
+    def test_a_bank_that_was_set_by_hand_has_no_packs_to_choose_from(self):
+        editor = new_editor(OWN[:1])
+        projection = editor.projection
+        bank = replace(projection.held, limits=None)
+        for reserved in (False, True):
+            if reserved:
+                editor.reserve(2)
+            projection.set_bank(bank)
+            before = projection.thresholds.clone()
+            with pytest.raises(PackError, match="set by hand"):
+                editor.set_active(["default"])
+            assert torch.equal(projection.thresholds, before) and editor.active == ["default"]
 
     def test_memories_of_two_layouts_are_never_joined(self, saved):
         editor = new_editor(OWN[:1], layout="element")

@@ -246,13 +246,13 @@ def _find_projection(model: nn.Module, layer: nn.Module, calls: dict[nn.Module, 
         )
     # An FFN widens: what ends in a narrow linear map is an adapter (LoRA), what has too few of them no transformer.
     width = _width(model)
-    d_ff, d_out = linear_shape(last)
+    d_ff, d_out = linear_shape(found)
     if len(linear) < 3 or d_out < min(width, d_ff) or d_ff < d_out:
         raise UnsupportedModelError(
             f"the last linear map of a layer of {family} takes {d_ff} inputs to {d_out} outputs and does not look like "
             f"an FFN's value projection (merge adapters first); supported: {SUPPORTED}"
         )
-    return last
+    return found
 
 
 def _width(model: nn.Module) -> int:

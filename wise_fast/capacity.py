@@ -82,14 +82,17 @@ def planned(config: WiseConfig, projection: nn.Module, memories: int) -> tuple[i
     else:  # each weight is drawn by itself: six standard deviations more than are to be expected
         count = d_out * d_ff
         each = min(count, round(config.mask_ratio * count + 6 * (config.mask_ratio * count) ** 0.5))
+    # What TIES merges into has the columns or weights of all that it was merged from, in the end all there are.
+    ties = config.mode == "merge" and config.merging == "ties"
+    more = (d_ff if config.layout == "neuron" else d_out * d_ff) - each if ties else 0
     leveraged = config.route_by == "leverage" and config.protect and config.layout == "neuron"
     rank = min(RANK, each) if leveraged else None
     held = projection.held
     if held is None:
-        return memories * each, rank, config.layout
+        return memories * each + more, rank, config.layout
     served, rows, columns, _ = size_of(held)
     rank = max(columns, rank or 0) or None
-    return rows + max(0, memories - served) * each, rank, projection.layout
+    return rows + max(0, memories - served) * each + more, rank, projection.layout
 
 
 def size_of(bank: Bank) -> Size:
@@ -147,20 +150,23 @@ def grown(room: Bank, bank: Bank, like: torch.Tensor) -> Bank:
 
 
 def taken(room: Bank, size: Size) -> Bank:
-    """The part of a room that holds something, as views; by size it may be all of it."""
+    """A copy of the part of a room that holds something: what is put into the room later is not in it."""
     memories, rows, rank, packs = size
+    values, neuron = room.values[:rows].clone(), room.index.ndim == 1
+    if not neuron:  # kernels may read them in pairs
+        values = torch.cat([values, values.new_zeros(1)])[:-1]
     leveraged = None if room.leveraged is None else room.leveraged[:memories]
     factors = None if room.factors is None or not rank else room.factors[:rows, :rank]
     if leveraged is not None and (factors is None or bool(leveraged.all())):
         leveraged = None
     return Bank(
-        room.values[:rows],
-        room.index[: rows if room.index.ndim == 1 else memories],
-        room.bounds[: memories + 1],
-        room.thresholds[:memories],
-        factors,
-        leveraged,
-        room.limits[:packs, :memories] if packs else None,
+        values,
+        room.index[: rows if neuron else memories].clone(),
+        room.bounds[: memories + 1].clone(),
+        room.thresholds[:memories].clone(),
+        None if factors is None else factors.clone(),
+        None if leveraged is None else leveraged.clone(),
+        room.limits[:packs, :memories].clone() if packs else None,
     )
 
 

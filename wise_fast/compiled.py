@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -17,6 +18,28 @@ def original(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
+class _Stance:
+    """`force_eager` while anyone is inside. torch has one stance for all threads: the last one out puts it back."""
+
+    def __init__(self):
+        self._lock, self._inside, self._kept = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._kept.enter_context(torch.compiler.set_stance("force_eager"))
+            self._inside += 1
+
+    def __exit__(self, *_) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._kept.close()
+
+
+_STANCE = _Stance()
+
+
 @contextmanager
 def eagerly() -> Iterator[None]:
     """Run compiled modules without their graphs, which are kept.
@@ -27,7 +50,7 @@ def eagerly() -> Iterator[None]:
     if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and the import takes seconds
         yield
         return
-    with torch.compiler.set_stance("force_eager"):
+    with _STANCE:
         yield
 
 

@@ -53,7 +53,7 @@ def distributed(
     Started plainly, one process does it alone, with the same result.
     """
     other = int(os.environ.get("RANK", 0)) > 0
-    with terminal(context, as_json, verbose, (quiet or other) and not verbose) as it:
+    with terminal(context, as_json and not other, verbose, (quiet or other) and not verbose) as it:
         from wise_fast.data import load_edits
 
         chosen = load_edits(edits, limit=limit, irrelevant=irrelevant)

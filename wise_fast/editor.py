@@ -251,6 +251,7 @@ class WiseEditor(Material, Packs, Sharing):
     @state.setter
     def state(self, state: EditorState) -> None:
         self._set_state(state)
+        self.routing.numbering += 1  # another editor's memories, for all that is known
         self._undo = []
 
     @in_turn

@@ -110,17 +110,27 @@ class DualMemoryLinear(nn.Module):
         Where room was reserved the bank is copied into it, and graphs compiled or captured before serve it. One that
         does not fit gets new buffers, with each size doubled until it does.
         """
-        room = self._room
-        if self.reserved:
-            if bank is not None and not capacity.fits(room, bank):
-                self._hold(capacity.grown(room, bank, like=bank.values.new_empty(0, device=room.values.device)))
-                logger.info("a bank of %d memories outgrew what was reserved", bank.thresholds.shape[0])
-            capacity.put(self._room, bank)
-        else:
-            self._hold(bank)
+        before = self._room, self.popcounts
+        try:
+            self._take(bank)
+            self._count()
+        except BaseException:  # the device is full, say; what is half copied into reserved room is lost
+            self._hold(before[0])
+            self.popcounts = before[1]
+            raise
         self._size = capacity.NOTHING if bank is None else capacity.size_of(bank)
         self.named = bank is None or bank.limits is not None
-        self._count()
+
+    def _take(self, bank: Bank | None) -> None:
+        """Make the buffers hold a bank: in their room if some was reserved."""
+        room = self._room
+        if not self.reserved:
+            self._hold(bank)
+            return
+        if bank is not None and not capacity.fits(room, bank):
+            self._hold(capacity.grown(room, bank, like=bank.values.new_empty(0, device=room.values.device)))
+            logger.info("a bank of %d memories outgrew what was reserved", bank.thresholds.shape[0])
+        capacity.put(self._room, bank)
 
     @torch.inference_mode(False)
     def reserve(self, memories: int, rows: int, rank: int | None = None, layout: str = "neuron") -> None:
@@ -136,9 +146,14 @@ class DualMemoryLinear(nn.Module):
             layout: of the bank to come.
 
         Raises:
-            ConfigError: a size is not positive, or the bank being served does not fit.
+            ConfigError: a size is not positive, there is no such layout, it has no leverage, or the bank being served
+                does not fit.
         """
         capacity.require_sizes(memories=memories, rows=rows, rank=1 if rank is None else rank)
+        if layout not in ("neuron", "element"):
+            raise ConfigError(f"layout is {layout!r}, expected 'neuron' or 'element'")
+        if layout == "element" and rank is not None:
+            raise ConfigError(f"rank is {rank}, but memories in the element layout have no leverage; leave it None")
         shape, size = (self.out_features, self.in_features), capacity.Size(memories, rows, rank or 0)
         room, held = capacity.blank(layout, shape, size, rank is not None, self._place), self.held
         if held is not None and not capacity.fits(room, held):
@@ -159,18 +174,26 @@ class DualMemoryLinear(nn.Module):
 
     @property
     def held(self) -> Bank | None:
-        """The bank being served, without the room that is free; None when there is none."""
+        """The bank being served, a copy without the room that is free; None when there is none."""
         return capacity.taken(self._room, self._size) if self.memories else None
 
     def _hold(self, bank: Bank | None) -> None:
-        for name in _ALL:
-            value = None if bank is None else getattr(bank, name)
-            setattr(self, name, None if value is None else value.to(self.device))
+        held = {name: None if bank is None else getattr(bank, name) for name in _ALL}
+        held = {name: None if value is None else value.to(self.device) for name, value in held.items()}
+        for name, value in held.items():
+            setattr(self, name, value)
 
     def activate(self, rows: Sequence[int]) -> None:
         """Let sequences that ask for nothing have all that these rows of `limits` open; in place."""
+        self._require_packs()
         if self.limits is not None:
             self.thresholds.copy_(self.limits[list(rows)].amin(0))
+
+    def _require_packs(self) -> None:
+        if not self.named:
+            raise PackError(
+                "the bank was set by hand and has no packs; set the editor's state, and it serves them again"
+            )
 
     def _count(self) -> None:
         """Where the values of every block of bits begin, once a bank instead of in every call (element layout)."""
@@ -233,10 +256,7 @@ class DualMemoryLinear(nn.Module):
         rows = self.routing.rows
         if rows is None:
             return self.thresholds
-        if not self.named:
-            raise PackError(
-                "the bank was set by hand and has no packs; set the editor's state, and it serves them again"
-            )
+        self._require_packs()
         return self.limits.index_select(0, rows.to(self.limits.device))
 
     def _apply(self, fn, recurse: bool = True):
@@ -283,7 +303,7 @@ class DualMemoryFFN(nn.Module):
         routing, reduction: as `DualMemoryLinear` takes them.
 
     Raises:
-        UnsupportedModelError: that projection is no linear map in floating point.
+        UnsupportedModelError: that projection is none that `DualMemoryLinear` wraps.
     """
 
     def __init__(self, mlp: nn.Module, name: str, routing: Routing | None = None, reduction: str = "mean"):

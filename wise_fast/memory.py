@@ -160,11 +160,6 @@ class Bank:
     limits: Tensor | None = None
 
     @classmethod
-    def pack(cls, memories: list[SideMemory], dtype: torch.dtype, route_by: str = "leverage") -> Bank | None:
-        """Pack those of an editor's memories that hold an edit, see `join`."""
-        return cls.join(alike(memories, route_by), dtype)
-
-    @classmethod
     def join(cls, memories: Sequence[SideMemory], dtype: torch.dtype) -> Bank | None:
         """Pack memories, each scored over the root of its leverage if it has a factor; None when there are none.
 

@@ -43,7 +43,7 @@ class Packs:
     _state: EditorState
     _packs: Mapping[str, Pack]
     _active: tuple[str, ...]
-    _order: tuple[str, ...]
+    _order: tuple[tuple[str, int], ...]
 
     def load_pack(
         self, directory: str | os.PathLike, name: str, *, revision: str | None = None, token: str | None = None
@@ -146,9 +146,10 @@ class Packs:
         bank, order = self._joined(state, packs, active, names)
         try:
             self.projection.set_bank(bank)
-        except BaseException:  # what is half copied into reserved room
-            before, _ = self._joined(self._state, self._packs, self._active, self.routing.packs.names)
-            self.projection.set_bank(before)
+        except BaseException:
+            if self.projection.reserved:  # it may be half copied
+                before, _ = self._joined(self._state, self._packs, self._active, self.routing.packs.names)
+                self.projection.set_bank(before)
             raise
         if order[: len(self._order)] != self._order:
             self.routing.numbering += 1
@@ -158,14 +159,14 @@ class Packs:
     @torch.inference_mode(False)  # what is active is changed in place later
     def _joined(
         self, state: EditorState, packs: Mapping[str, Pack], active: tuple[str, ...], names: Mapping[str, int]
-    ) -> tuple[Bank | None, tuple[str, ...]]:
-        """All memories as one bank, and the pack of each."""
+    ) -> tuple[Bank | None, tuple[tuple[str, int], ...]]:
+        """All memories as one bank, and of each its pack and its first edit, which tell it from the others."""
         groups = {OWN: alike(state.memories, self.config.route_by)}
         groups |= {name: list(pack.memories) for name, pack in packs.items()}
-        order = tuple(name for name, memories in groups.items() for _ in memories)
+        order = tuple((name, memory.edits[0]) for name, memories in groups.items() for memory in memories)
         bank = Bank.join([memory for memories in groups.values() for memory in memories], self.projection.dtype)
         if bank is not None:
-            bank = by_pack(bank, [names[name] for name in order], len(names), [names[n] for n in (BASE, *active)])
+            bank = by_pack(bank, [names[name] for name, _ in order], len(names), [names[n] for n in (BASE, *active)])
         return bank, order
 
     def _require_own(self) -> None:

@@ -113,10 +113,8 @@ def read_run(directory: Path) -> Run:
     return Run(directory, str(header.get("method", directory.name)), header, tuple(batches), evaluations, tuple(notes))
 
 
-def read_header(directory: Path, kind: str = FORMAT) -> dict:
-    """What `run.json` says of the run of this kind in `directory`. StorageError where there is none that this version
-    reads.
-    """
+def read_header(directory: Path, kind: str = FORMAT, version: int = VERSION) -> dict:
+    """What `run.json` says of the run of this kind and version in `directory`. StorageError where there is none."""
     path = directory / HEADER
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
@@ -126,9 +124,9 @@ def read_header(directory: Path, kind: str = FORMAT) -> dict:
         raise StorageError(f"{path}: is damaged ({error}); restore it from a copy") from None
     if not isinstance(header, dict) or header.get("format") != kind:
         raise StorageError(f"{path}: is not the header of such a run: its format is not {kind!r}")
-    if header.get("version") != VERSION:
+    if header.get("version") != version:
         raise StorageError(
-            f"{path}: has version {header.get('version')!r}, this wise_fast reads {VERSION}; use the one that wrote it"
+            f"{path}: has version {header.get('version')!r}, this wise_fast reads {version}; use the one that wrote it"
         )
     return header
 

@@ -75,7 +75,12 @@ class Routing:
         held: [B] int64 decision made at prefill that this forward must keep, or None.
         choice: [B] int64 decision of the latest forward: memory index, or -1 for the main memory; None when it asked
             for none (disabled, or no memories).
-        self._first = False  # the generation's first forward is to come
+        scores: [B, J] fp32 of the latest prefill, or None likewise; of every memory, whether or not it may answer.
+        rows: [B] int64 of the current forward, what each sequence asks for (see `PackRows`); None where all ask alike.
+        packs: what may be asked for.
+        numbering: changes whenever memories get other indices, so that no cache goes on with another's.
+        turn: of the threads that share the model.
+        generating: whether a `generate` is at work.
 
     A forward decides on the tokens it is given. It keeps the cache's decision when it decodes: with one token, or with
     any number inside `generate` after its first forward. More tokens than one outside `generate` are a new prompt, so
@@ -96,7 +101,6 @@ class Routing:
         self.turn = Turn()
         self.generating = False
         self._prompt: Tensor | None = None
-        self.generating = False
         self._first = False  # the generation's first forward is to come
         self._total: int | None = None
         self._prompt_length = 0

@@ -17,14 +17,14 @@ from wise_fast.atomic import write_file
 from wise_fast.data import Edit
 from wise_fast.errors import ConfigError, StorageError
 from wise_fast.journal import jsonable
-from wise_fast.recorded import FORMAT, HEADER, read_header
+from wise_fast.recorded import FORMAT, HEADER, VERSION, read_header
 
 _FREE = ("libraries", "checkpoint_every")  # may differ when a run is resumed
 _NAMES = {"config": "{}", "base": "the model's {}", "edits": "edits ({})"}
 _UNFINISHED = f".{HEADER}.wise-new"
 
 
-def claim(out: Path, resume: bool, kind: str = FORMAT) -> dict | None:
+def claim(out: Path, resume: bool, kind: str = FORMAT, version: int = VERSION) -> dict | None:
     """The header of the run of this kind in `out`, or None if a new run may begin there. Writes nothing.
 
     Raises:
@@ -34,7 +34,7 @@ def claim(out: Path, resume: bool, kind: str = FORMAT) -> dict | None:
         raise StorageError(f"{out}: is a file, expected a directory for the run; name another")
     names = {path.name for path in out.iterdir()} - {_UNFINISHED} if out.exists() else set()
     if HEADER in names and resume:
-        return read_header(out, kind)
+        return read_header(out, kind, version)
     if HEADER in names:
         raise StorageError(f"{out}: holds a run already; go on with it by --resume (resume=True), or name another")
     if names:

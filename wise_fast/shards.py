@@ -80,15 +80,17 @@ class Shards:
             StorageError: the directory holds other things, or cannot be written.
             ConfigError: it holds a run of other edits, settings, or of another model.
         """
+        # As many records of one file may come to as many edits, but to others, when a later one supersedes.
+        kept = run_header.describe_edits(self.edits, None)["sha256"]
         header = {
             "format": FORMAT,
             "version": VERSION,
             "T": len(self.edits),
-            "edits": run_header.describe_edits(self.edits, *self._source),
+            "edits": run_header.describe_edits(self.edits, *self._source) | {"kept": kept},
             **run_header.describe_method(self.editor),
             "libraries": run_header.libraries(self.editor.device),
         }
-        found = run_header.claim(self.out, True, FORMAT)
+        found = run_header.claim(self.out, True, FORMAT, VERSION)
         if found is None:
             run_header.write_header(self.out, header)
         else:

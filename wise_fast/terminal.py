@@ -141,6 +141,9 @@ def _logs(it: Terminal) -> Iterator[None]:
     handler = RichHandler(console=it.err, show_time=it.verbose, show_path=it.verbose, show_level=it.verbose)
     library.addHandler(handler)
     library.propagate = False
+    if not it.verbose:  # what these say while they are imported beside transformers is no concern of ours
+        for name in ("torchao", "torch.utils._pytree"):
+            logging.getLogger(name).setLevel(logging.ERROR)
     library.setLevel(logging.DEBUG if it.verbose else logging.ERROR if it.quiet else logging.WARNING)
     models.setLevel(logging.DEBUG if it.verbose else logging.ERROR if it.quiet else logging.INFO)
     try:

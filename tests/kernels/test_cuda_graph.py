@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wise_fast.ffn import DualMemoryLinear
-from wise_fast.memory import Bank, SideMemory
+from wise_fast.memory import Bank, SideMemory, alike
 from wise_kernels import (
     dual_forward,
     gated_add_,
@@ -179,7 +179,7 @@ def served(dtype):
         values = torch.randn(memory.values.shape, generator=rng)
         memories.append(memory.replace(values=values, z_threshold=threshold, factor=factor, edits=(0,)))
     module.to(dtype).to(DEVICE).requires_grad_(False)
-    module.set_bank(Bank.pack(memories, dtype))
+    module.set_bank(Bank.join(alike(memories, "leverage"), dtype))
     return module
 
 
