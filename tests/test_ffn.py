@@ -11,8 +11,9 @@ import wise_kernels
 from tests.test_architectures import Scaled
 from tests.tiny import FAMILIES, tiny_model
 from wise_fast.errors import UnsupportedModelError
-from wise_fast.ffn import DualMemoryFFN, DualMemoryLinear
+from wise_fast.ffn import DualMemoryLinear
 from wise_fast.memory import Bank, SideMemory, alike
+from wise_fast.mlp import DualMemoryFFN
 from wise_fast.routing import Routing
 from wise_kernels import popcount_table
 

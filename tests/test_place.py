@@ -13,8 +13,9 @@ from tests.test_architectures import hooks
 from tests.tiny import tiny_tokenizer
 from wise_fast import WiseEditor
 from wise_fast.errors import StorageError, UnsupportedModelError, WiseError
-from wise_fast.ffn import DualMemoryFFN, DualMemoryLinear
+from wise_fast.ffn import DualMemoryLinear
 from wise_fast.fingerprint import describe
+from wise_fast.mlp import DualMemoryFFN
 
 
 class Packed(nn.Module):

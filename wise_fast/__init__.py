@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from wise_fast.config import WiseConfig
     from wise_fast.data import Edit, load_edits
     from wise_fast.editor import WiseEditor
-    from wise_fast.ffn import DualMemoryFFN, DualMemoryLinear
+    from wise_fast.ffn import DualMemoryLinear
+    from wise_fast.mlp import DualMemoryFFN
     from wise_fast.tasks import evaluate
 
 try:
@@ -46,7 +47,7 @@ except PackageNotFoundError:
 __all__ = ["DualMemoryFFN", "DualMemoryLinear", "Edit", "WiseConfig", "WiseEditor", "evaluate", "load_edits"]
 
 _HOMES = {
-    "DualMemoryFFN": "ffn",
+    "DualMemoryFFN": "mlp",
     "DualMemoryLinear": "ffn",
     "Edit": "data",
     "WiseConfig": "config",
