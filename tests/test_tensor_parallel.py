@@ -50,7 +50,7 @@ def test_two_ranks_are_one(alone, task):
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (torch.load(directory / f"{task}{rank}.pt") for rank in (0, 1))

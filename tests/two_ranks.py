@@ -48,5 +48,5 @@ def main(directory: Path, task: str) -> None:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(200, exit=True)  # where ranks wait for each other, it says where
+    faulthandler.dump_traceback_later(500, exit=True)  # where ranks wait for each other, it says where
     main(Path(sys.argv[1]), sys.argv[2])
