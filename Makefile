@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 UNFINISHED := $(VENV)/.unfinished
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo lint test test-gpu bench bench-ops bench-gpu aot clean
+.PHONY: help venv demo lint test test-demo test-gpu bench bench-ops bench-gpu aot clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -36,6 +36,9 @@ lint: $(STAMP) ## ruff: rules and format
 # Tests use small tensors: a second worker is worth more than a second thread.
 test: lint ## lint, then the test suite (ARGS="-k name" for a part, WORKERS= at once)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -n $${WORKERS:-2} --dist loadfile $(ARGS)
+
+test-demo: $(STAMP) ## what users see, once with the demo model (some minutes)
+	@$(BIN)/python -m pytest -q -m demo tests/test_with_demo_model.py $(ARGS)
 
 bench: $(STAMP) ## the benchmarks (ARGS= is passed on)
 	@$(BIN)/python -m bench.run $(ARGS)

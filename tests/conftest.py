@@ -25,7 +25,11 @@ hypothesis.settings.register_profile("wise_fast", deadline=None)  # no timing as
 hypothesis.settings.load_profile("wise_fast")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if "demo" not in config.getoption("-m"):
+        left_out = [item for item in items if item.get_closest_marker("demo")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     if torch.cuda.is_available():
         return
     for item in items:
