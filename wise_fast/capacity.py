@@ -87,10 +87,9 @@ def planned(config: WiseConfig, projection: nn.Module, memories: int) -> tuple[i
     more = (d_ff if config.layout == "neuron" else d_out * d_ff) - each if ties else 0
     leveraged = config.route_by == "leverage" and config.protect and config.layout == "neuron"
     rank = min(RANK, each) if leveraged else None
-    held = projection.held
-    if held is None:
+    served, rows, columns, _ = projection.size
+    if not served:
         return memories * each + more, rank, config.layout
-    served, rows, columns, _ = size_of(held)
     rank = max(columns, rank or 0) or None
     return rows + max(0, memories - served) * each + more, rank, projection.layout
 

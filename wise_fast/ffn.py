@@ -37,6 +37,11 @@ class DualMemoryLinear(nn.Module):
         reduction: of token scores, "mean" or "max".
         dtype: of the activations, and so of the side memory; None takes what the layer says it computes in.
 
+    Attributes:
+        reserved: whether the buffers are room (`reserve`), in which banks are changed in place.
+        size: of the bank being served (`wise_fast.capacity.Size`), however large its room.
+        named: whether packs can be asked for by name.
+
     Raises:
         UnsupportedModelError: `base_layer` is no such map, or not loaded.
     """
@@ -66,7 +71,7 @@ class DualMemoryLinear(nn.Module):
         self.register_buffer("_place", torch.empty(0, **kind), persistent=False)  # moves and is cast as the model is
         self.reserved = False
         self.named = True  # no bank without packs is served
-        self._size = capacity.NOTHING  # of what the bank holds
+        self.size = capacity.NOTHING  # of what the bank holds
 
     @property
     def weight(self) -> Tensor:
@@ -101,7 +106,7 @@ class DualMemoryLinear(nn.Module):
     @property
     def memories(self) -> int:
         """Number of side memories being served."""
-        return self._size[0]
+        return self.size.memories
 
     @torch.inference_mode(False)
     def set_bank(self, bank: Bank | None) -> None:
@@ -118,7 +123,7 @@ class DualMemoryLinear(nn.Module):
             self._hold(before[0])
             self.popcounts = before[1]
             raise
-        self._size = capacity.NOTHING if bank is None else capacity.size_of(bank)
+        self.size = capacity.NOTHING if bank is None else capacity.size_of(bank)
         self.named = bank is None or bank.limits is not None
 
     def _take(self, bank: Bank | None) -> None:
@@ -175,7 +180,7 @@ class DualMemoryLinear(nn.Module):
     @property
     def held(self) -> Bank | None:
         """The bank being served, a copy without the room that is free; None when there is none."""
-        return capacity.taken(self._room, self._size) if self.memories else None
+        return capacity.taken(self._room, self.size) if self.memories else None
 
     def _hold(self, bank: Bank | None) -> None:
         held = {name: None if bank is None else getattr(bank, name) for name in _ALL}

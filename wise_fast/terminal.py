@@ -141,14 +141,18 @@ def _logs(it: Terminal) -> Iterator[None]:
     handler = RichHandler(console=it.err, show_time=it.verbose, show_path=it.verbose, show_level=it.verbose)
     library.addHandler(handler)
     library.propagate = False
-    if not it.verbose:  # what these say while they are imported beside transformers is no concern of ours
-        for name in ("torchao", "torch.utils._pytree"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+    # What these say while they are imported beside transformers is no concern of ours.
+    imported = [] if it.verbose else [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in imported]
+    for logger in imported:
+        logger.setLevel(logging.ERROR)
     library.setLevel(logging.DEBUG if it.verbose else logging.ERROR if it.quiet else logging.WARNING)
     models.setLevel(logging.DEBUG if it.verbose else logging.ERROR if it.quiet else logging.INFO)
     try:
         yield
     finally:
+        for logger, level in zip(imported, levels, strict=True):
+            logger.setLevel(level)
         library.removeHandler(handler)
         library.setLevel(before[0])
         models.setLevel(before[1])
