@@ -16,7 +16,14 @@ from wise_fast.editor import WiseEditor
 from wise_fast.errors import StorageError
 
 QUICK = WiseConfig(
-    mask_ratio=0.6, max_steps=2, min_steps=1, prefixes=1, prefix_tokens=3, prefixes_per_step=1, batch_size=2
+    mask_ratio=0.6,
+    max_steps=2,
+    min_steps=1,
+    prefixes=1,
+    prefix_tokens=3,
+    prefixes_per_step=1,
+    batch_size=2,
+    shard_fill=None,  # shard_size alone says how many edits share a memory
 )
 PROMPTS = ["The sky is", "Who wrote it?", "A much longer prompt that no edit has", "q0", "q1", "q2"]
 MODES = {

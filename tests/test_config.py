@@ -46,6 +46,7 @@ BAD = [
     *((name, value) for name in CHOICES for value in ("", "Neuron", 1, ["neuron"])),
     *(("layer", value) for value in (1.0, "3", True)),
     *(("protect", value) for value in ("false", 1, 0)),
+    *(("shard_fill", value) for value in (0, -0.1, 1.01, math.nan, "1", [1])),
 ]
 
 
@@ -71,8 +72,9 @@ def test_every_choice_is_taken_and_named_in_the_error(name):
         *((name, 1) for name in SHARES),
         *((name, 0) for name in (*NOT_NEGATIVE, *COUNTS_OR_0, "layer")),
         *((name, 1) for name in COUNTS),
-        *((name, None) for name in ("layer", "shard_size", "clamp", "protect_irrelevant")),
+        *((name, None) for name in ("layer", "shard_size", "shard_fill", "clamp", "protect_irrelevant")),
         ("layer", -1),
+        ("shard_fill", 1),
     ],
 )
 def test_the_bounds_themselves_are_fine(name, value):
@@ -80,7 +82,7 @@ def test_the_bounds_themselves_are_fine(name, value):
 
 
 def test_every_setting_is_checked_somewhere():
-    listed = {*SHARES, *POSITIVE, *NOT_NEGATIVE, *COUNTS, *COUNTS_OR_0, *CHOICES, "layer", "protect"}
+    listed = {*SHARES, *POSITIVE, *NOT_NEGATIVE, *COUNTS, *COUNTS_OR_0, *CHOICES, "layer", "protect", "shard_fill"}
     assert {field.name for field in dataclasses.fields(WiseConfig)} == listed
 
 

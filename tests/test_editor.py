@@ -1,6 +1,7 @@
 """What `editor.edit` promises: reports, batches, taking back, and the same bits for the same seed."""
 
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -225,6 +226,36 @@ class TestTakingBack:
             with pytest.raises(WiseError, match="unloaded"):
                 use()
         assert WiseEditor(model, tiny_tokenizer(), QUICK).edit(FIRST)[0].success
+
+
+class TestShardFill:
+    """A shard also closes once its edits have taken their share of P."""
+
+    def test_a_full_shard_closes_and_the_next_opens(self):
+        editor = make_editor(FACTS, shard_fill=1e-6, batch_size=1)
+        assert [m.edits for m in editor.memories] == [(0,), (1,), (2,), (3,)] and editor.state.shard is None
+        assert evaluate(editor, generate=False).summary()["reliability"] == 1.0
+
+    def test_longer_edits_fill_it_sooner(self):
+        long = [replace(fact, prompt=f"{fact.prompt} {'abcdefgh ijklmnop qrstuv ' * 2}", id=None) for fact in FACTS]
+        taken = []
+        for facts in (FACTS[:2], long[:2]):
+            editor = make_editor(facts, max_steps=1)
+            taken.append(editor.state.shard.taken)
+            p, origin = editor.state.shard.p, editor.state.shard.origin
+            assert taken[-1] == pytest.approx(1 - float(p.trace() / origin.trace()), abs=1e-5)
+        assert 0 < taken[0] < taken[1] < 1
+
+    def test_a_batch_ends_where_edits_like_those_before_would_fill_it(self):
+        one = make_editor(FACTS[:1]).state.shard.taken
+        editor = make_editor(FACTS[:1], shard_fill=3.2 * one)
+        editor.edit(FACTS[1:])  # room for two more like the first, so the batch of three is cut
+        editor.rollback(1)
+        assert [r.edit for r in editor.edits] == list(FACTS[:3])
+
+    @pytest.mark.parametrize("changes", [dict(protect=False), dict(layout="element", protect=False)])
+    def test_without_p_only_their_number_counts(self, changes):
+        assert len(make_editor(FACTS, shard_fill=1e-6, max_steps=1, shard_size=2, **changes).memories) == 2
 
 
 class TestSettings:

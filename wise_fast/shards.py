@@ -2,8 +2,8 @@
 
 A shard is filled from the state that one editor would have come to it with: the number of its mask, the seeds of its
 batches and the prompts that were edited before are those of its place in the stream. So it becomes, bit for bit, what
-it would be had one editor learned everything in turn. (Not where an edit diverged in a shard before it: in turn, the
-next edits move up, and here they stay in their shards.) A run's directory holds
+it would be had one editor learned everything in turn. (Not where an edit diverged in a shard before it, or one was full
+before its time: in turn, the next edits move, and here they stay in their shards.) A run's directory holds
 
     run.json          what the run is; going on with anything else is refused
     shards/NNNNNN/    a finished shard, from 1: a checkpoint, on the disk before the shard counts as finished
@@ -71,7 +71,8 @@ class Shards:
         editor.check(self.edits)
         self.count = -(-len(self.edits) // self.size)
         self._source = (source, partner)
-        self._filling = self.config.replace(undo_depth=0, shards=max(2, self.count))  # merged at the end only
+        # Merged at the end only: a shard may come to several memories if it is full before its time.
+        self._filling = self.config.replace(undo_depth=0, shards=max(2, len(self.edits) + 1))
 
     def claim(self) -> None:
         """Begin the run in its directory, or go on with the one that is there.
@@ -192,12 +193,12 @@ def require_shard_size(config: WiseConfig) -> None:
 def joined(states: Iterable[EditorState]) -> EditorState:
     """One state of shards in their order, each counting its edits from 0."""
     whole = EditorState()
-    for state in states:
+    for number, state in enumerate(states):
         state = _moved(state, len(whole.reports))
         whole = whole.replace(
             merged=whole.merged + state.merged,
             closed=whole.closed + state.closed,
-            opened=whole.opened + 1,
+            opened=whole.opened + state.opened - number,
             reports=whole.reports + state.reports,
         )
     return whole

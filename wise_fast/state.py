@@ -66,6 +66,12 @@ class Shard:
     keys: tuple[tuple[int, Tensor], ...] = ()
     quiet: Texts | None = None
 
+    @property
+    def taken(self) -> float:
+        """Share of the trace of `P` that its edits have taken: of what can be learned without moving them."""
+        now, before = (float(p.diagonal().double().sum()) for p in (self.p, self.origin))
+        return 1 - now / before
+
     def replace(self, **changes) -> Shard:
         return replace(self, **changes)
 
