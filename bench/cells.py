@@ -82,6 +82,8 @@ class Rows:
         found = self.at(results)._all(results)
         if self.pick is not None:
             choose, column = self.pick
+            if not all(isinstance(row[column], float) for row in found):
+                raise TableError(f"a row of {self._said(results)} has no number as its {column}")
             found = [choose(found, key=lambda row: row[column])]
         if len(found) > 1:
             raise TableError(f"{len(found)} rows of {self._said(results)}: say more, so that one is left")

@@ -93,6 +93,7 @@ def test_figures_are_written_as_told(results):
         ("| a | {x.us:.1f} |", ours(arm="*"), "2 rows of gpu.csv, commit aaaaaaa, has case '8 rows', arm .*: say more"),
         ("| a | {x.us:.1f} |", ours(cas="8 rows"), "gpu.csv has no column cas, but commit, case, arm"),
         ("| a | {x.us:.1f} |", ours.least("ms"), "gpu.csv has no column ms, but"),
+        ("| a | {x.us:.1f} |", ours(arm="*").least("share"), "a row of gpu.csv.* has no number as its share"),
         ("| a | {x.us:.1f} |", ours.less(arm="theirs"), "no row of gpu.csv.*'theirs'"),
         ("| a | {x.us:.1f} |", Rows("gpu.csv", "bbbbbbb"), "no row of commit bbbbbbb, but of aaaaaaa, 1e10000"),
         ("| a | {x.us:.1f} |", Rows("cpu.csv"), "no rows in .*cpu.csv"),
