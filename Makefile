@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 UNFINISHED := $(VENV)/.unfinished
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo lint test test-demo test-gpu bench bench-ops bench-gpu aot clean
+.PHONY: help venv demo lint test test-demo test-gpu bench bench-ops bench-gpu tables aot clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -56,6 +56,9 @@ test-gpu: ## the kernels' tests on the GPU at hand, and compute-sanitizer; witho
 
 bench-gpu: ## measure the kernels on the GPU at hand, 8 minutes at most; without a GPU, a dry run
 	@$(GPU_RUN) -m bench.gpu $(ARGS)
+
+tables: $(STAMP) ## write the documents' tables from bench/results (ARGS=--check: only name those out of date)
+	@$(BIN)/python -m bench.tables $(ARGS)
 
 aot: ## compile every kernel for sm_80, sm_90, sm_100 and gfx942: registers, spills, shared memory
 	@$(GPU_RUN) -m bench.aot $(ARGS)

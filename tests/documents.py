@@ -1,4 +1,4 @@
-"""The project's documents taken apart: blocks of code, command lines, options in passing, tables of figures."""
+"""The project's documents taken apart: blocks of code, command lines, options in passing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from bench.tables import DOCUMENTS as NAMES
+
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("README.md", "wise_fast/README.md", "kernels/README.md", "bench/README.md")
 _FENCED = re.compile(r"^```(\S*)\n(.*?)^```", re.M | re.S)
 _STARTS = ("wise-fast ", "torchrun ", "make ", ".venv/bin/python -m ", "python -m ")
 
@@ -53,16 +54,6 @@ class Document:
         """What follows `start` in the command lines that begin so; `.venv/bin/python` counts as `python`."""
         lines = [[word.removeprefix(".venv/bin/") for word in line[:1]] + line[1:] for line in self.lines]
         return [line[len(start) :] for line in lines if tuple(line[: len(start)]) == start]
-
-    @cached_property
-    def tables(self) -> list[tuple[str, list[list[str]]]]:
-        """(sources, rows) of every table that a comment `<!-- figures: FILE COMMIT, ... -->` stands before."""
-        tagged = re.findall(r"<!-- figures: ([^>]*?) -->\n\n?((?:\|.*\n)+)", self.text)
-        return [(sources, [_cells(line) for line in lines.splitlines()]) for sources, lines in tagged]
-
-
-def _cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.strip().strip("|").split("|")]
 
 
 DOCUMENTS = [Document(name) for name in NAMES]
