@@ -48,7 +48,7 @@ class Ours(WiseEditor):
             last = batch.prompt_mask.flatten().nonzero()[-1]
             with evaluating(self.model), self.routing.prompt(batch.prompt_mask), self.tail.head_at(last):
                 self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            found += (self.routing.scores / self.projection.thresholds).amax(1).tolist()
+            found += (self.routing.scores / self.routing.thresholds).amax(1).tolist()
         return found
 
 

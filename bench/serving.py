@@ -22,7 +22,7 @@ from bench.records import Row, percentiles, spread
 from wise_fast import WiseEditor
 
 _REFERENCE = "unedited"
-_NEAR_ZERO = 1e-20  # a threshold that every response exceeds
+_NEAR_ZERO, _HUGE = 1e-20, 1e20  # a threshold that every response exceeds, a newness that no token has
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def _compare(
 ) -> list[Row]:
     """Rows of one comparison: every arm's seconds per call (prefill, `new` = 0) or per decoded token."""
     ids = unrelated_tokens(setting, *size)
-    natural = editor.projection.thresholds.clone()
+    natural, newest = editor.projection.thresholds.clone(), editor.projection.last_limits
     _prefill(editor.model, ids)
     quiet = int((editor.routing.choice < 0).sum())
     out = "ours, nothing in scope" + ("" if quiet == len(ids) else " (thresholds raised)")
@@ -66,6 +66,7 @@ def _compare(
         seconds = alternate(arms, setting.rounds)
     finally:
         editor.projection.thresholds.copy_(natural)
+        editor.projection.last_limits = newest
     share = Row("serving", case, "unrelated sequences out of scope by themselves", quiet / len(ids), "share")
     return [*_rows(case, seconds, max(new, 1), "time per token" if new else "time per call"), share]
 
@@ -101,9 +102,13 @@ def _arm(model: nn.Module, ids: Tensor, new: int) -> Callable[[], float]:
 
 def _scoped(editor: WiseEditor, thresholds: Tensor, run: Callable[[], float], inside: bool) -> Callable[[], float]:
     """The arm under these thresholds, which checks where its sequences went."""
+    limits = editor.projection.last_limits
+    if inside and limits is not None:  # the same work, and nothing is too new
+        limits = torch.full_like(limits, _HUGE)
 
     def scoped() -> float:
         editor.projection.thresholds.copy_(thresholds)
+        editor.projection.last_limits = limits
         seconds = run()
         went = editor.routing.choice >= 0
         if bool((went != inside).any()):

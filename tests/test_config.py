@@ -11,7 +11,7 @@ from wise_fast import WiseConfig
 from wise_fast.errors import ConfigError, WiseError
 
 SHARES = ("mask_ratio", "density", "act_ratio", "z_ratio")
-POSITIVE = ("lr", "protect_lambda", "protect_irrelevant", "near_limit", "first_token", "clamp")
+POSITIVE = ("lr", "protect_lambda", "protect_irrelevant", "near_limit", "first_token", "clamp", "last_ratio")
 NOT_NEGATIVE = ("alpha", "beta", "gamma", "margin_weight", "nll", "momentum", "weight_decay", "drop_rate")
 COUNTS = (
     "max_steps",
@@ -72,7 +72,7 @@ def test_every_choice_is_taken_and_named_in_the_error(name):
         *((name, 1) for name in SHARES),
         *((name, 0) for name in (*NOT_NEGATIVE, *COUNTS_OR_0, "layer")),
         *((name, 1) for name in COUNTS),
-        *((name, None) for name in ("layer", "shard_size", "shard_fill", "clamp", "protect_irrelevant")),
+        *((name, None) for name in ("layer", "shard_size", "shard_fill", "clamp", "protect_irrelevant", "last_ratio")),
         ("layer", -1),
         ("shard_fill", 1),
     ],

@@ -22,8 +22,8 @@ class TestRoutingRatios:
         for kind, text in (("edit", EDITS[0].prompt), ("rephrase", EDITS[0].rephrases[0]), ("unrelated", "Bread O")):
             with torch.no_grad():
                 editor.model(**editor.tokenizer(text, return_tensors="pt"))
-            scores = zip(editor.routing.scores[0].tolist(), editor.memories, strict=True)
-            best = max(score / memory.z_threshold for score, memory in scores)
+            limits = editor.routing.thresholds.expand(1, -1)[0].tolist()
+            best = max(s / limit for s, limit in zip(editor.routing.scores[0].tolist(), limits, strict=True))
             assert found[kind][0] == pytest.approx(best, rel=1e-4)
         assert len(editor.memories) > 1 and min(found["edit"]) > 1
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.stored import MODES, QUICK, contents, edits, make_editor, same_memory, served, with_scope
 from tests.tiny import D_FF, HIDDEN, tiny_model, tiny_tokenizer
-from wise_fast import storage
+from wise_fast import protection, storage
 from wise_fast.config import WiseConfig
 from wise_fast.data import Edit
 from wise_fast.editor import WiseEditor
@@ -140,7 +140,7 @@ def test_fifty_edits_take_at_most_seven_tenths_of_the_dense_matrix(tmp_path):
     editor.save_pretrained(tmp_path / "out")
     size = sum(len(data) for name, data in contents(tmp_path / "out").items() if name != storage.CARD)
     summary = storage.inspect(tmp_path / "out")
-    assert size == summary["bytes"] and summary["edits"] == 50 and summary["memories"][0]["rank"] == 64
+    assert size == summary["bytes"] and summary["edits"] == 50 and summary["memories"][0]["rank"] == protection.RANK
     assert summary["dense_bytes"] == 640 * 2048 * 4 and size <= 0.7 * summary["dense_bytes"]
 
 

@@ -140,7 +140,7 @@ class TestAgainstPlainForwards:
         assert set(summary) == {"reliability", "ood", "locality"}
 
     def test_a_passage_is_routed_on_all_of_it(self):
-        editor = make_editor(FACTS)
+        editor = make_editor(FACTS, last_ratio=None)
         editor.projection.thresholds.fill_(0.0)
         text = RICH[0].ood_prompts[0]
         (inside,) = metrics.readings(editor, [metrics.passage(editor.tokenizer, text)])

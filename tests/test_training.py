@@ -270,7 +270,7 @@ class TestStopping:
         assert editor.edit(FACTS[0])[0].steps >= 9
 
     def test_the_reported_loss_is_what_the_served_model_has(self):
-        editor = make_editor(FACTS[:2], first_token=3.0)
+        editor = make_editor(FACTS[:2], first_token=3.0, last_ratio=None)
         editor.projection.thresholds.zero_()  # prefixed prompts may lie out of scope
         for fact, report in zip(FACTS, editor.edits, strict=False):
             losses = []
@@ -319,7 +319,7 @@ class TestQuietTexts:
         near = FACTS[0].prompt.replace("?", "!")
         found = []
         for irrelevant in (None, near):
-            editor = make_editor([Edit(FACTS[0].prompt, FACTS[0].target, irrelevant=irrelevant)])
+            editor = make_editor([Edit(FACTS[0].prompt, FACTS[0].target, irrelevant=irrelevant)], last_ratio=None)
             logits(editor.model, [near])
             found.append((float(editor.routing.scores), int(editor.routing.choice), editor.edits[0].success))
         assert found[0][1:] == (0, True) and found[1][1:] == (-1, True)

@@ -33,7 +33,11 @@ def calibrated(
     # No outlier drags the median, but an edit that holds must be heard.
     heard = (config.act_ratio * scores[index] for index in scores if index in holds)
     threshold = min([config.z_ratio * statistics.median(scores[index] for index in counted), *heard])
-    return memory.replace(z_threshold=threshold), scores
+    memory = memory.replace(z_threshold=threshold)
+    if config.last_ratio is None:
+        return memory, scores
+    last = [memory.newness(key) for index, key in keys if index in counted]
+    return memory.replace(last_limit=config.last_ratio * statistics.median(last)), scores
 
 
 def _loudness(memory: SideMemory, key: Tensor, config: WiseConfig) -> float:

@@ -56,6 +56,7 @@ def blank(layout: str, shape: tuple[int, int], size: Size, factors: bool, like: 
         torch.zeros(rows, rank, **real) if factors else None,
         torch.ones(memories, dtype=torch.bool, device=like.device) if factors else None,
         torch.full((max(packs, memories + len(ROWS)), memories), torch.inf, **real),
+        torch.full((memories,), torch.inf, **real) if factors else None,
     )
 
 
@@ -124,10 +125,13 @@ def put(room: Bank, bank: Bank | None) -> None:
     if room.factors is not None:
         room.factors.zero_()
         room.leveraged.fill_(bank.factors is not None)
+        room.last_limits.fill_(torch.inf)
     if bank.factors is not None:
         room.factors[:rows, :rank].copy_(bank.factors)
     if bank.leveraged is not None:
         room.leveraged[:memories].copy_(bank.leveraged)
+    if bank.last_limits is not None:
+        room.last_limits[:memories].copy_(bank.last_limits)
     if bank.limits is not None:
         room.limits[:packs, :memories].copy_(bank.limits)
     room.bounds[: memories + 1].copy_(bank.bounds)
@@ -166,6 +170,7 @@ def taken(room: Bank, size: Size) -> Bank:
         None if factors is None else factors.clone(),
         None if leveraged is None else leveraged.clone(),
         room.limits[:packs, :memories].clone() if packs else None,
+        None if factors is None else room.last_limits[:memories].clone(),
     )
 
 

@@ -35,7 +35,7 @@ from wise_fast.texts import Texts
 
 logger = logging.getLogger(__name__)
 
-FORMAT, VERSION = "wise_fast checkpoint", 2
+FORMAT, VERSION = "wise_fast checkpoint", 3
 FACTS, TENSORS = "state.json", "state.safetensors"
 FILES = (FACTS, TENSORS)
 _KEPT = 2
@@ -198,6 +198,7 @@ def _flatten_memory(memory: SideMemory, prefix: str, tensors: dict[str, Tensor])
         "shape": list(memory.shape),
         "threshold": memory.threshold.hex(),
         "z_threshold": memory.z_threshold.hex(),
+        "last_limit": memory.last_limit.hex(),
         "edits": list(memory.edits),
         "taught": None if taught is None else [edit for edit, _ in taught.keys],
     }
@@ -205,7 +206,7 @@ def _flatten_memory(memory: SideMemory, prefix: str, tensors: dict[str, Tensor])
 
 def _restore_memory(fact: dict, prefix: str, tensors: dict[str, Tensor]) -> SideMemory:
     values, index, factor = tensors[prefix + "values"], tensors[prefix + "index"], tensors.get(prefix + "factor")
-    limits = {name: float.fromhex(fact[name]) for name in ("threshold", "z_threshold")}
+    limits = {name: float.fromhex(fact[name]) for name in ("threshold", "z_threshold", "last_limit")}
     shape, edits, taught = tuple(fact["shape"]), tuple(fact["edits"]), None
     if fact["taught"] is not None:
         matrices = (tensors[f"{prefix}taught.{name}"] for name in ("information", "origin"))

@@ -51,6 +51,9 @@ class WiseConfig:
             calibrates them to the model; "absolute" takes them as they are.
         act_ratio: a memory's threshold is this share of the least score among its edits.
         z_ratio: with route_by "leverage", it is this share of the median, unless the other is less.
+        last_ratio: with route_by "leverage", how much newer than that of a memory's median edit the last token of a
+            prompt may be, as a ratio (`wise_fast.scope`); None sets no limit. One edit in a hundred may be newer
+            itself, and is then not answered.
         protect: protected update (`wise_fast.protection`), neuron layout only.
         protect_lambda: its lambda, in units of the edit's own mean a P a^T.
         protect_irrelevant: the same of sampled unrelated text, which is protected before the first edit; None leaves it
@@ -106,6 +109,7 @@ class WiseConfig:
     units: str = "relative"
     act_ratio: float = 0.9
     z_ratio: float = 0.36
+    last_ratio: float | None = 1.9
     protect: bool = True
     protect_lambda: float = 1.0
     protect_irrelevant: float | None = 0.3
@@ -141,7 +145,7 @@ class WiseConfig:
             self._require(name, lambda v: isinstance(v, int) and v >= 0, "a whole number from 0")
         if self.shard_size is not None:
             self._require("shard_size", lambda v: isinstance(v, int) and v >= 1, "None or a whole number from 1")
-        for name in ("clamp", "protect_irrelevant"):
+        for name in ("clamp", "protect_irrelevant", "last_ratio"):
             if getattr(self, name) is not None:
                 self._require(name, lambda v: v > 0, "None or above 0")
         if self.shard_fill is not None:

@@ -14,12 +14,13 @@ from wise_fast.architectures import is_linear, linear_shape, linear_weight
 from wise_fast.errors import ConfigError, PackError, UnsupportedModelError
 from wise_fast.memory import Bank
 from wise_fast.routing import Routing
+from wise_fast.scope import narrowed
 
 logger = logging.getLogger(__name__)
 
-_BUFFERS = ("values", "index", "bounds", "thresholds", "factors", "leveraged")  # of a bank, and of a state dict
-_ALL = (*_BUFFERS, "limits")  # of a bank
-_EXACT = ("thresholds", "factors", "limits")  # what decides the routing
+_BUFFERS = ("values", "index", "bounds", "thresholds", "factors", "leveraged", "last_limits")  # of a state dict
+_ALL = (*_BUFFERS[:-1], "limits", "last_limits")  # of a bank, in its order
+_EXACT = ("thresholds", "factors", "limits", "last_limits")  # what decides the routing
 
 
 class DualMemoryLinear(nn.Module):
@@ -252,8 +253,11 @@ class DualMemoryLinear(nn.Module):
             batch = a.shape[0] if a.ndim > 2 else 1
             mask = torch.ones(batch, flat.shape[0] // max(batch, 1), dtype=torch.bool, device=a.device)
         mask = mask.to(a.device)
-        scores, choice = kernels.route(norms, mask, self._thresholds(), leverage, self.reduction)
-        self.routing.scores, self.routing.choice = scores.detach(), choice
+        thresholds = self._thresholds()
+        if leverage is not None and self.last_limits is not None:
+            thresholds = narrowed(thresholds, self.last_limits, norms.detach(), leverage.detach(), mask)
+        scores, choice = kernels.route(norms, mask, thresholds, leverage, self.reduction)
+        self.routing.scores, self.routing.thresholds, self.routing.choice = scores.detach(), thresholds, choice
         return y, side if one else None, choice
 
     def _thresholds(self) -> Tensor:

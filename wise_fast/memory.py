@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import wise_kernels as kernels
+from wise_fast import scope
 from wise_fast.errors import ConfigError
 
 
@@ -44,6 +45,7 @@ class SideMemory:
         shape: (d_out, d_ff) of the projection.
         threshold: eps of the routing rule, in score units; infinite while the memory holds no edit.
         z_threshold: the same where scores are over the root of their leverage.
+        last_limit: how new the last token of a prompt may be (`wise_fast.scope`); infinite where there is no limit.
         factor: [K, r] fp32 thin factor of what it has not been taught (`protection.untaught_factor`), for leverage;
             None without the protected update.
         edits: indices of the edits it holds, in the editor's order.
@@ -56,6 +58,7 @@ class SideMemory:
     shape: tuple[int, int]
     threshold: float = float("inf")
     z_threshold: float = float("inf")
+    last_limit: float = float("inf")
     factor: Tensor | None = None
     edits: tuple[int, ...] = ()
     taught: Taught | None = None
@@ -80,6 +83,11 @@ class SideMemory:
     def spread(self, selected: Tensor) -> float:
         """Root of a prompt's mean leverage, activations from `select`: what its score is measured by."""
         return float((selected @ self.factor).square().sum(-1).mean().sqrt())
+
+    def newness(self, selected: Tensor) -> float:
+        """How new the last token of a prompt is, activations from `select` (`wise_fast.scope`)."""
+        last = selected[-1:]
+        return float(scope.newness((last @ self.factor).square().sum(), self.respond(last).norm()))
 
     def respond(self, selected: Tensor, values: Tensor | None = None) -> Tensor:
         """Side response `a D^T`, [N, d_out] fp32, of activations from `select`; `values` stand in for the memory's."""
@@ -149,6 +157,7 @@ class Bank:
         factors: [sum K, r] fp32, or None when no score is over the root of its leverage.
         leveraged: [J] bool, whose scores are; None when all of them or none.
         limits: [R, J] fp32, thresholds by what a sequence asks for; None when all ask for the same (see `packs`).
+        last_limits: [J] fp32, of the last tokens' newness (`wise_fast.scope`); None when no memory has one.
     """
 
     values: Tensor
@@ -158,6 +167,7 @@ class Bank:
     factors: Tensor | None
     leveraged: Tensor | None = None
     limits: Tensor | None = None
+    last_limits: Tensor | None = None
 
     @classmethod
     def join(cls, memories: Sequence[SideMemory], dtype: torch.dtype) -> Bank | None:
@@ -179,6 +189,7 @@ class Bank:
             rank = max(m.factor.shape[1] for m in memories if m.factor is not None)
             thin = [m.values.new_zeros(len(m.values), 0) if m.factor is None else m.factor for m in memories]
             factors = torch.cat([torch.nn.functional.pad(f, (0, rank - f.shape[1])) for f in thin])
+        last = [float("inf") if m.factor is None else m.last_limit for m in memories]
         values = torch.cat([m.values for m in memories]).to(dtype)
         if layout == "element":
             # One more in the storage, so that kernels may read them in pairs.
@@ -190,4 +201,5 @@ class Bank:
             torch.tensor(thresholds, device=values.device),
             factors,
             torch.tensor(leveraged, device=values.device) if any(leveraged) and not all(leveraged) else None,
+            last_limits=torch.tensor(last, device=values.device) if any(leveraged) else None,
         )

@@ -58,6 +58,7 @@ def merge_memories(memories: Sequence[SideMemory], density: float) -> SideMemory
         index=index,
         threshold=min(m.threshold for m in memories),
         z_threshold=float("inf"),
+        last_limit=float("inf"),
         factor=None,
         taught=None,
         edits=tuple(e for m in memories for e in m.edits),

@@ -76,6 +76,7 @@ class Routing:
         choice: [B] int64 decision of the latest forward: memory index, or -1 for the main memory; None when it asked
             for none (disabled, or no memories).
         scores: [B, J] fp32 of the latest prefill, or None likewise; of every memory, whether or not it may answer.
+        thresholds: [J] or [B, J] fp32 that those were compared to.
         rows: [B] int64 of the current forward, what each sequence asks for (see `PackRows`); None where all ask alike.
         packs: what may be asked for.
         numbering: changes whenever memories get other indices, so that no cache goes on with another's.
@@ -95,6 +96,7 @@ class Routing:
         self.held: Tensor | None = None
         self.choice: Tensor | None = None
         self.scores: Tensor | None = None
+        self.thresholds: Tensor | None = None
         self.rows: Tensor | None = None
         self.packs = PackRows()
         self.numbering = 0
@@ -181,7 +183,7 @@ class Routing:
             self.held = kept
             self.choice = kept if self.enabled else None
             return
-        self.scores = None
+        self.scores = self.thresholds = None
         if self.enabled:
             self.rows = self.packs.rows(batch, self.generating, tokens.device)
         self.mask = token_mask(given.get("attention_mask"), batch, length, cache, tokens.device)

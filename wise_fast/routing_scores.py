@@ -60,7 +60,7 @@ def scope_ratios(method, prompts: Sequence[str]) -> list[float]:
         batch = tokens.collate([rows[i] for i in chosen], tokens.pad_token(method.tokenizer), method.device)
         with evaluating(method.model), method.routing.prompt(batch.prompt_mask), method.tail.head_at(first):
             method.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        best = (method.routing.scores / method.projection.thresholds).max(1).values
+        best = (method.routing.scores / method.routing.thresholds).max(1).values
         for i, ratio in zip(chosen, best.tolist(), strict=True):
             found[i] = ratio
     return found

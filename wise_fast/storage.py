@@ -32,8 +32,9 @@ from wise_fast.errors import StorageError, WiseError
 from wise_fast.memory import SideMemory
 from wise_fast.state import EditorState, EditReport
 
-FORMAT, VERSION = "wise_fast", 2
-_READ = (1, 2)  # version 1 had another leverage factor, so it is routed by norms, as its thresholds are
+FORMAT, VERSION = "wise_fast", 3
+# Version 1 had another leverage factor, so it is routed by norms, as its thresholds are. Version 2 had no `last_limit`.
+_READ = (1, 2, 3)
 CONFIG, EDITS, MEMORY = "wise_config.json", "wise_edits.json", "wise_memory.safetensors"
 CARD = "README.md"
 _FILES = (CONFIG, EDITS, MEMORY)
@@ -200,6 +201,7 @@ def _facts(memory: SideMemory) -> dict:
         "threshold": _plain(memory.threshold),
         "rank": None if memory.factor is None else memory.factor.shape[1],
         "z_threshold": _plain(memory.z_threshold),
+        "last_limit": _plain(memory.last_limit),
         "edits": list(memory.edits),
     }
 
@@ -233,9 +235,11 @@ def _state(header: dict, files: dict[str, bytes]) -> EditorState:
         factor = None if fact["rank"] is None else tensors.pop(f"memories.{number}.factor").float()
         if header["version"] == 1:
             factor, fact = None, fact | {"z_threshold": "inf"}
+        if header["version"] < 3:
+            fact = fact | {"last_limit": "inf"}
         values, index = tensors.pop(f"memories.{number}.values"), tensors.pop(f"memories.{number}.index")
         index = index.long() if fact["layout"] == "neuron" else index
-        limits = {name: _number(fact[name]) for name in ("threshold", "z_threshold")}
+        limits = {name: _number(fact[name]) for name in ("threshold", "z_threshold", "last_limit")}
         shape, edits = tuple(fact["shape"]), tuple(fact["edits"])
         memory = SideMemory(fact["layout"], values.float(), index, shape, factor=factor, edits=edits, **limits)
         _require_sound(memory, tuple(header["base"]["shape"]), len(reports))
@@ -265,7 +269,8 @@ def _require_sound(memory: SideMemory, shape: tuple[int, int], reports: int) -> 
         sound = sound and memory.factor.ndim == 2 and len(memory.factor) == len(index)
         sound = sound and bool(memory.factor.isfinite().all())
     edits = all(isinstance(edit, int) and 0 <= edit < reports for edit in memory.edits)
-    if not (sound and edits and bool(values.isfinite().all()) and min(memory.threshold, memory.z_threshold) >= 0):
+    limits = min(memory.threshold, memory.z_threshold, memory.last_limit) >= 0
+    if not (sound and edits and limits and bool(values.isfinite().all())):
         raise StorageError(f"a memory ({memory.layout!r}, {memory.shape}, {len(memory.edits)} edits) is not sound")
 
 
