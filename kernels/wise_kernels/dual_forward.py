@@ -27,6 +27,10 @@ def keeps_response(memories: int, rows: int, outputs: int, device: torch.device)
 
     One memory's, yes. Of several on the CPU too, where they cost no time but their memory, as long as that is small; on
     a device they cost its bandwidth, and the product of the one that is chosen costs less.
+
+    Args:
+        memories, rows, outputs: J, N and O.
+        device: of the bank.
     """
     if memories == 1 or device.type != "cpu" or torch.compiler.is_compiling():  # a guard on sizes would compile again
         return memories == 1

@@ -6,7 +6,7 @@ from kernel_banks import OUTPUTS, WIDTH, element_bank, neuron_bank, normal
 from tolerances import DTYPES, assert_fp32, assert_within
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wise_kernels import gated_add_, pack_bits, reference, route, side_forward, side_forward_element
+from wise_kernels import gated_add_, keeps_response, pack_bits, reference, route, side_forward, side_forward_element
 from wise_kernels.bits import _KEPT, positions, sparse_rows, unpack_bits
 from wise_kernels.checks import direct
 from wise_kernels.side_forward import FEW_ROWS
@@ -79,3 +79,10 @@ def test_a_mask_of_other_values_is_refused():
     values, bits, bounds = element_bank((0.5,))
     with pytest.raises(ValueError, match="weights in the mask"):
         side_forward_element(normal(2, WIDTH), values[:-1], bits, torch.tensor([0, len(values) - 1]))
+
+
+def test_responses_are_kept_of_one_memory_and_of_few_on_the_cpu():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert keeps_response(1, 1 << 20, 1 << 12, cpu) and keeps_response(1, 1, 1, cuda)
+    assert keeps_response(4, 64, 640, cpu) and not keeps_response(4, 64, 640, cuda)
+    assert not keeps_response(64, 2048, 640, cpu)
