@@ -15,12 +15,14 @@ from bench.gpu_timing import Arm
 LR, BETAS, EPS, CLAMP = 1e-3, (0.9, 0.999), 1e-8, 0.05
 
 
-def masked_update(layout: str, rows: int, optimizer: str, model: str = LLAMA) -> Callable[[Place], Built]:
-    """One step from activations and output gradients of `rows` tokens in bf16, memory and states in fp32."""
+def masked_update(
+    layout: str, rows: int, optimizer: str, model: str = LLAMA, dtype: torch.dtype = BF16
+) -> Callable[[Place], Built]:
+    """One step from activations and output gradients of `rows` tokens in `dtype`, memory and states in fp32."""
 
     def build(place: Place) -> Built:
         outputs, width = place.shape(model)
-        a, dy = place.normal(place.rows(rows), width, dtype=BF16), place.normal(place.rows(rows), outputs, dtype=BF16)
+        a, dy = (place.normal(place.rows(rows), size, dtype=dtype) for size in (width, outputs))
         bank = make_bank(place, layout, model, 1, FP32, dense=False)
         values = torch.zeros_like(bank.values)
         adam = optimizer == "adam"

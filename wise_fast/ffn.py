@@ -234,8 +234,8 @@ class DualMemoryLinear(nn.Module):
     def _prefill(self, a: Tensor, flat: Tensor, seen: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Main output, response if it is kept, and the decision, for activations `a`: `flat` [N, features], of all
         ranks `seen` [N, d_ff]."""
-        one = self.bounds.shape[0] == 2
-        bank = self.values, self.index, self.bounds, one
+        kept = kernels.keeps_response(self.bounds.shape[0] - 1, flat.shape[0], self.out_features, self.values.device)
+        bank = self.values, self.index, self.bounds, kept
         more = () if self.layout == "neuron" else (self.popcounts,)
         if self.plain:
             dual = kernels.dual_forward if self.layout == "neuron" else kernels.dual_forward_element
@@ -258,7 +258,7 @@ class DualMemoryLinear(nn.Module):
             thresholds = narrowed(thresholds, self.last_limits, norms.detach(), leverage.detach(), mask)
         scores, choice = kernels.route(norms, mask, thresholds, leverage, self.reduction)
         self.routing.scores, self.routing.thresholds, self.routing.choice = scores.detach(), thresholds, choice
-        return y, side if one else None, choice
+        return y, side if kept else None, choice
 
     def _thresholds(self) -> Tensor:
         """[J], or [B, J] where sequences ask for memories of their own."""

@@ -2,6 +2,7 @@
 banks of J compact side memories, routing, editing steps and merging. `reference.py` holds the definition of each op.
 
     dual_forward, side_forward      main output, side responses a D_j^T and their norms (eq. 3); ..._element likewise
+    keeps_response                  whether to ask for responses of which one will be added
     leverage                        how much of each token a memory was not taught
     route, sketched_route           scores of sequences, thresholds, top-1 (eq. 6); the latter for many memories
     gated_add_                      adds the chosen side response to the main output, in place
@@ -15,7 +16,7 @@ The neuron layout keeps columns of D, the element layout (..._element) a bit for
 """
 
 from .bits import pack_bits, popcount_table, unpack_bits
-from .dual_forward import dual_forward, dual_forward_element
+from .dual_forward import dual_forward, dual_forward_element, keeps_response
 from .gated_add import gated_add_, gated_add_element_
 from .leverage import leverage
 from .masked_update import masked_update_, masked_update_element_
@@ -29,6 +30,7 @@ __all__ = [
     "dual_forward_element",
     "gated_add_",
     "gated_add_element_",
+    "keeps_response",
     "leverage",
     "masked_update_",
     "masked_update_element_",

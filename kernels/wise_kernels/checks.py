@@ -3,11 +3,14 @@ or `bits [J, O, ceil(F/32)]` (element layout), and its `bounds [J + 1]`. They lo
 so they cost no host sync and vanish under torch.compile; what bounds hold is checked where they are read (`spans`).
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
 from .bits import words
 
+PLAIN = (Tensor, torch.nn.Parameter)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -96,3 +99,20 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
         return list(tensors)
     dtype = torch.get_autocast_dtype(kind)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def direct(*tensors: Tensor | None) -> bool:
+    """Whether an op on these may be called as the function it is on the CPU: plain tensors without a gradient, and
+    nobody who traces or intercepts. The way through the dispatcher takes 10 to 40 us, as long as small ops do."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    graded = torch.is_grad_enabled()
+    return all(
+        t is None or (type(t) in PLAIN and t.device.type == "cpu" and not (graded and t.requires_grad)) for t in tensors
+    )
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """Autocast off on the device of `tensor`: it would round products that scores are measured by."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import autocast, check_element, check_neuron, check_weight
+from .checks import autocast, check_element, check_neuron, check_weight, direct
 from .side_forward import (
     element_side,
     element_side_gpu,
@@ -17,6 +17,24 @@ from .side_forward import (
     side_backward,
     side_backward_element,
 )
+
+# Entries of responses that are kept for one of them to be added: 4 MB in fp32.
+KEPT = 1 << 20
+
+
+def keeps_response(memories: int, rows: int, outputs: int, device: torch.device) -> bool:
+    """Whether to ask for responses [J, N, O] where at most one of them will be added.
+
+    One memory's, yes. Of several on the CPU too, where they cost no time but their memory, as long as that is small; on
+    a device they cost its bandwidth, and the product of the one that is chosen costs less.
+
+    Args:
+        memories, rows, outputs: J, N and O.
+        device: of the bank.
+    """
+    if memories == 1 or device.type != "cpu" or torch.compiler.is_compiling():  # a guard on sizes would compile again
+        return memories == 1
+    return memories * rows * outputs <= KEPT
 
 
 @torch.library.custom_op("wise::dual_forward", mutates_args=())
@@ -134,6 +152,8 @@ def dual_forward(
     a, weight, bias, values = autocast(a, weight, bias, values)
     check_neuron(a, values, columns, bounds)
     check_weight(a, weight, bias, values.shape[1])
+    if direct(a, weight, bias, values, columns, bounds):
+        return F.linear(a, weight, bias), *neuron_side(a, values, columns, bounds, response)
     return _dual_forward(a, weight, bias, values, columns, bounds, response, exact_main)
 
 
@@ -169,4 +189,6 @@ def dual_forward_element(
     a, weight, bias, values = autocast(a, weight, bias, values)
     check_element(a, values, bits, bounds)
     check_weight(a, weight, bias, bits.shape[1])
+    if direct(a, weight, bias, values, bits, bounds):
+        return F.linear(a, weight, bias), *element_side(a, values, bits, bounds, response)
     return _dual_forward_element(a, weight, bias, values, bits, bounds, response, popcounts)

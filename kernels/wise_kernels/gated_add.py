@@ -3,15 +3,13 @@ j = choice[n // T], with y [N, O], a [N, F], choice [B] int64 in {-1, ..., J - 1
 keep their bits. A `side` [J, N, O] computed before (`dual_forward`) is used in place of the product.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .bits import unpack_dense
-from .checks import autocast, check_element, check_neuron, spans
-from .side_forward import element_side, neuron_side, side_forward, side_forward_element
+from .checks import autocast, check_element, check_neuron, direct, spans
+from .side_forward import element_response, element_side, neuron_side, side_forward, side_forward_element
 
 
 def _by_row(y: Tensor, choice: Tensor) -> Tensor:
@@ -19,16 +17,33 @@ def _by_row(y: Tensor, choice: Tensor) -> Tensor:
     return choice.repeat_interleave(y.shape[0] // max(1, choice.shape[0]), output_size=y.shape[0])
 
 
-def _add_in_scope(y: Tensor, choice: Tensor, memories: int, respond: Callable[[int, Tensor], Tensor]) -> None:
-    """y += the chosen memory's response, respond(j, rows), touching the memories and rows in scope only (CPU)."""
-    if memories == 0 or y.shape[0] == 0:
-        return
-    wanted = sorted({j for j in choice.tolist() if j >= 0})
-    if wanted and wanted[-1] >= memories:
-        raise ValueError(f"choice names memory {wanted[-1]}, the bank has {memories}")
-    for j in wanted:
-        rows = (_by_row(y, choice) == j).nonzero().squeeze(1)
-        y.index_add_(0, rows, respond(j, rows))
+def _in_scope(y: Tensor, choice: Tensor, memories: int) -> Iterator[tuple[int, slice | Tensor | None]]:
+    """(j, rows) of the memories that were chosen: None for all rows, a slice where sequences are neighbours (CPU)."""
+    sequences: dict[int, list[int]] = {}
+    for b, j in enumerate(choice.tolist() if memories and y.shape[0] else ()):
+        if j >= memories:
+            raise ValueError(f"choice names memory {j}, the bank has {memories}")
+        if j >= 0:
+            sequences.setdefault(j, []).append(b)
+    for j, chosen in sequences.items():
+        tokens = y.shape[0] // choice.shape[0]
+        if len(chosen) == choice.shape[0]:
+            yield j, None
+        elif chosen[-1] - chosen[0] + 1 == len(chosen):
+            yield j, slice(chosen[0] * tokens, (chosen[-1] + 1) * tokens)
+        else:
+            yield j, (_by_row(y, choice) == j).nonzero().squeeze(1)
+
+
+def _take(x: Tensor, rows: slice | Tensor | None) -> Tensor:
+    return x if rows is None else x[rows]
+
+
+def _add(y: Tensor, rows: slice | Tensor | None, response: Tensor) -> None:
+    if isinstance(rows, Tensor):
+        y.index_add_(0, rows, response)
+    else:
+        _take(y, rows).add_(response)
 
 
 def _add_chosen(y: Tensor, choice: Tensor, side: Tensor) -> None:
@@ -40,25 +55,27 @@ def _add_chosen(y: Tensor, choice: Tensor, side: Tensor) -> None:
     y.copy_(torch.where(by_row >= 0, y + chosen, y))
 
 
-@torch.library.custom_op("wise::gated_add_", mutates_args=("y",))
-def _gated_add_(
+def _add_neuron(
     y: Tensor, a: Tensor, values: Tensor, columns: Tensor, bounds: Tensor, choice: Tensor, side: Tensor | None
 ) -> None:
     if y.device.type != "cpu":
         return _add_chosen(y, choice, neuron_side(a, values, columns, bounds, True)[0] if side is None else side)
     found = spans(bounds, values.shape[0])
-
-    def respond(j: int, rows: Tensor) -> Tensor:
+    for j, rows in _in_scope(y, choice, len(found)):
         if side is not None:
-            return side[j].index_select(0, rows)
-        low, high = found[j]
-        return a.index_select(0, rows).index_select(1, columns[low:high]) @ values[low:high]
+            _add(y, rows, _take(side[j], rows))
+            continue
+        own, theirs = columns, values
+        if found[j] != (0, len(values)):
+            own, theirs = (x[slice(*found[j])] for x in (columns, values))
+        active = _take(a, rows).index_select(1, own)
+        if isinstance(rows, Tensor):
+            _add(y, rows, active @ theirs)
+        else:
+            _take(y, rows).addmm_(active, theirs)
 
-    _add_in_scope(y, choice, len(found), respond)
 
-
-@torch.library.custom_op("wise::gated_add_element_", mutates_args=("y",))
-def _gated_add_element_(
+def _add_element(
     y: Tensor,
     a: Tensor,
     values: Tensor,
@@ -71,14 +88,16 @@ def _gated_add_element_(
     if y.device.type != "cpu":
         return _add_chosen(y, choice, element_side(a, values, bits, bounds, True)[0] if side is None else side)
     found = spans(bounds, values.shape[0])
+    for j, rows in _in_scope(y, choice, len(found)):
+        if side is None:
+            response = element_response(_take(a, rows), values[slice(*found[j])], bits, j)
+        else:
+            response = _take(side[j], rows)
+        _add(y, rows, response)
 
-    def respond(j: int, rows: Tensor) -> Tensor:
-        if side is not None:
-            return side[j].index_select(0, rows)
-        low, high = found[j]
-        return F.linear(a.index_select(0, rows), unpack_dense(values[low:high], bits[j], a.shape[1]))
 
-    _add_in_scope(y, choice, len(found), respond)
+_gated_add_ = torch.library.custom_op("wise::gated_add_", _add_neuron, mutates_args=("y",))
+_gated_add_element_ = torch.library.custom_op("wise::gated_add_element_", _add_element, mutates_args=("y",))
 
 
 @_gated_add_.register_kernel("cuda")
@@ -155,6 +174,8 @@ def gated_add_(
     """
     a, values, side = autocast(a, values, side)
     _check_gate(y, a, values.shape[1], check_neuron(a, values, columns, bounds), choice, side)
+    if direct(y, a, values, columns, bounds, choice, side):
+        return _add_neuron(y, a, values, columns, bounds, choice, side)
     # No custom op can be in place and differentiable at once; the op would drop the gradient silently.
     if not _differentiable(y, a, values, side):
         return _gated_add_(y, a, values, columns, bounds, choice, side)
@@ -191,6 +212,8 @@ def gated_add_element_(
     """
     a, values, side = autocast(a, values, side)
     _check_gate(y, a, bits.shape[1], check_element(a, values, bits, bounds), choice, side)
+    if direct(y, a, values, bits, bounds, choice, side):
+        return _add_element(y, a, values, bits, bounds, choice, side)
     if not _differentiable(y, a, values, side):
         return _gated_add_element_(y, a, values, bits, bounds, choice, side, popcounts)
     _add_chosen(y, choice, side_forward_element(a, values, bits, bounds)[0] if side is None else side)

@@ -6,22 +6,23 @@ lambda). P_j ~ U_j U_j^T with U_j [|S_j|, r] the rows bounds[j]:bounds[j+1] of `
 import torch
 from torch import Tensor
 
-from .checks import check_activations, check_bounds, check_columns, spans
+from .checks import check_activations, check_bounds, check_columns, direct, spans, without_autocast
 
 
-@torch.library.custom_op("wise::leverage", mutates_args=())
-def _leverage(a: Tensor, columns: Tensor, bounds: Tensor, factors: Tensor) -> Tensor:
+def _thin(a: Tensor, columns: Tensor, bounds: Tensor, factors: Tensor) -> Tensor:
     out = a.new_empty(bounds.shape[0] - 1, a.shape[0], dtype=torch.float32)
-    # Autocast would round the products that scores are measured by.
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a):
         for j, (low, high) in enumerate(spans(bounds, columns.shape[0])):
             if low == high:  # a slot that is free
                 out[j] = 0.0
                 continue
             # Squares of fp16 activations overflow at 256: go up before squaring, not after.
             active = a.index_select(1, columns[low:high]).float()
-            out[j] = (active @ factors[low:high].float()).square().sum(1)
+            out[j] = (active @ factors[low:high].float()).square_().sum(1)
     return out
+
+
+_leverage = torch.library.custom_op("wise::leverage", _thin, mutates_args=())
 
 
 @_leverage.register_kernel("cuda")
@@ -60,4 +61,5 @@ def leverage(a: Tensor, columns: Tensor, bounds: Tensor, factors: Tensor) -> Ten
         raise ValueError(f"factors must be a floating point [R, r], got {factors.dtype} {tuple(factors.shape)}")
     check_columns(columns, factors.shape[0])
     check_bounds(bounds, factors)
-    return _leverage(a, columns, bounds, factors)
+    run = _thin if direct(a, columns, bounds, factors) else _leverage
+    return run(a, columns, bounds, factors)

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .bits import scatter_packed, unpack_bits, words
+from .bits import check_count, positions, scatter_packed, unpack_bits, words
+from .checks import direct
 
 OPTIMIZERS = ("sgd", "adam")
 MUTATED = ("values", "exp_avg", "exp_avg_sq", "copy")
@@ -69,27 +70,23 @@ def _apply_step(
         copy.copy_(master)
 
 
-def _set_bits(mask: Tensor) -> Tensor:
-    """Flat positions of the set bits. numpy's nonzero is three times as fast as torch's on the CPU."""
-    return torch.from_numpy(np.flatnonzero(mask.numpy()))
-
-
 def _sampled_product(bits: Tensor, a: Tensor, dy: Tensor, count: int) -> Tensor:
     """(dY^T a) at the set bits, packed [count] fp32; one block of output rows is dense at a time."""
     a, dy, width = a.float(), dy.float(), a.shape[1]
     block = max(1, BLOCK_ENTRIES // max(1, width))
     lows = range(0, bits.shape[0], block)
     if a.device.type == "cpu":
-        packed, start = a.new_empty(count), 0
-        for low in lows:
-            at = _set_bits(unpack_bits(bits[low : low + block], width))
-            dense = dy[:, low : low + block].t() @ a
-            if start + len(at) > count:
-                raise ValueError(f"bits have more weights in the mask than values, which has {count}")
-            torch.index_select(dense.flatten(), 0, at, out=packed[start : start + len(at)])
-            start += len(at)
-        if start != count:
-            raise ValueError(f"bits have {start} weights in the mask, values has {count}")
+        at = positions(bits, width)
+        check_count(len(at), count)
+        # One buffer: a fresh one for each block costs a page fault for every 4 KB.
+        packed, dense = a.new_empty(count), a.new_empty(min(block, bits.shape[0]), width)
+        edges = np.asarray([*(width * low for low in lows), width * bits.shape[0]])
+        starts = np.searchsorted(at.numpy(), edges.astype(at.numpy().dtype)).tolist()
+        for low, start, end in zip(lows, starts, starts[1:]):
+            part = dy[:, low : low + block].t()
+            torch.mm(part, a, out=dense[: part.shape[0]])
+            inside = at[start:end] - low * width if low else at[start:end]
+            torch.index_select(dense.flatten(), 0, inside, out=packed[start:end])
         return packed
     # Slot `count` takes what lies outside the mask: no host sync, so a wrong V is the caller's to avoid.
     packed, start = a.new_zeros(count + 1), torch.zeros((), dtype=torch.int64, device=a.device)
@@ -99,8 +96,7 @@ def _sampled_product(bits: Tensor, a: Tensor, dy: Tensor, count: int) -> Tensor:
     return packed[:-1]
 
 
-@torch.library.custom_op("wise::masked_update_", mutates_args=MUTATED)
-def _masked_update_(
+def _update_neuron(
     values: Tensor,
     features: Tensor,
     dy: Tensor,
@@ -123,8 +119,7 @@ def _masked_update_(
     _apply_step(values, grad, exp_avg, exp_avg_sq, copy, *hyper)
 
 
-@torch.library.custom_op("wise::masked_update_element_", mutates_args=MUTATED)
-def _masked_update_element_(
+def _update_element(
     values: Tensor,
     bits: Tensor,
     a: Tensor,
@@ -145,6 +140,10 @@ def _masked_update_element_(
     grad = _sampled_product(bits, a, dy, values.shape[0])
     hyper = (lr, step, optimizer, momentum, beta1, beta2, eps, weight_decay, clamp)
     _apply_step(values, grad, exp_avg, exp_avg_sq, copy, *hyper)
+
+
+_masked_update_ = torch.library.custom_op("wise::masked_update_", _update_neuron, mutates_args=MUTATED)
+_masked_update_element_ = torch.library.custom_op("wise::masked_update_element_", _update_element, mutates_args=MUTATED)
 
 
 @_masked_update_.register_kernel("cuda")
@@ -232,7 +231,8 @@ def masked_update_(
         raise ValueError(f"need values [K, O], features [N, K] and dy [N, O], got {given}")
     _check_step(values, exp_avg, exp_avg_sq, copy, lr, step, optimizer, momentum, betas, eps, weight_decay, clamp)
     hyper = (float(lr), step, optimizer, float(momentum), *betas, float(eps), float(weight_decay), clamp)
-    _masked_update_(values, features, dy, exp_avg, exp_avg_sq, copy, *hyper)
+    given = (values, features, dy, exp_avg, exp_avg_sq, copy)
+    (_update_neuron if direct(*given) else _masked_update_)(*given, *hyper)
 
 
 def masked_update_element_(
@@ -277,4 +277,5 @@ def masked_update_element_(
         raise ValueError(f"bits must be int32 {shape}, got {bits.dtype} {tuple(bits.shape)}")
     _check_step(values, exp_avg, exp_avg_sq, copy, lr, step, optimizer, momentum, betas, eps, weight_decay, clamp)
     hyper = (float(lr), step, optimizer, float(momentum), *betas, float(eps), float(weight_decay), clamp)
-    _masked_update_element_(values, bits, a, dy, exp_avg, exp_avg_sq, copy, *hyper)
+    given = (values, bits, a, dy, exp_avg, exp_avg_sq, copy)
+    (_update_element if direct(*given) else _masked_update_element_)(*given, *hyper)

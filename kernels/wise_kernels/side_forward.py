@@ -4,12 +4,18 @@ element layout: D_j [O, F] is unpacked one memory at a time. For projections who
 (quantised); `dual_forward` adds the main projection to the same pass.
 """
 
+import warnings
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .bits import scatter_packed, unpack_bits, unpack_dense
-from .checks import autocast, check_element, check_neuron, spans
+from .bits import check_count, scatter_packed, sparse_rows, unpack_bits, unpack_dense
+from .checks import autocast, check_element, check_neuron, direct, spans, without_autocast
+
+# Rows of 16-bit activations up to which the element layout is multiplied sparsely on the CPU.
+FEW_ROWS = 32
 
 
 def neuron_side(a: Tensor, values: Tensor, columns: Tensor, bounds: Tensor, response: bool):
@@ -19,8 +25,10 @@ def neuron_side(a: Tensor, values: Tensor, columns: Tensor, bounds: Tensor, resp
         if low == high:
             _store_nothing(j, side, norms)
             continue
-        response_j = a.index_select(1, columns[low:high]) @ values[low:high]
-        _store(response_j, j, side, norms, response)
+        active = a.index_select(1, columns[low:high])
+        # Straight to its place: a copy of a response costs as much as its norm.
+        response_j = torch.mm(active, values[low:high], out=side[j] if response else None)
+        _store_norms(response_j, j, norms)
     return side, norms
 
 
@@ -31,8 +39,39 @@ def element_side(a: Tensor, values: Tensor, bits: Tensor, bounds: Tensor, respon
         if low == high:
             _store_nothing(j, side, norms)
             continue
-        _store(F.linear(a, unpack_dense(values[low:high], bits[j], a.shape[1])), j, side, norms, response)
+        response_j = element_response(a, values[low:high], bits, j)
+        _store_norms(response_j, j, norms)
+        if response:
+            side[j] = response_j
     return side, norms
+
+
+def element_response(a: Tensor, values: Tensor, bits: Tensor, j: int) -> Tensor:
+    """a D_j^T [N, O] of memory j of `bits [J, O, words]`, whose values these are."""
+    # A fifth of the dense product's operations at rho 0.2, and its time for hundreds of rows; for fewer, less. 16-bit
+    # products are faster dense, and only few rows do not pay for unpacking D.
+    rows = a.shape[0] if a.element_size() < 4 else 1
+    sparse = a.device.type == "cpu" and torch.backends.mkl.is_available() and a.numel() and rows <= FEW_ROWS
+    if not sparse:
+        return F.linear(a, unpack_dense(values, bits[j], a.shape[1]))
+    before, columns = sparse_rows(bits, a.shape[1], j)
+    check_count(len(columns), len(values))
+    wider = torch.promote_types(a.dtype, torch.float32)
+    shape = (bits.shape[1], a.shape[1])
+    _hear_of_beta()
+    with without_autocast(a):
+        matrix = torch.sparse_csr_tensor(before, columns, values.to(wider), size=shape, check_invariants=False)
+        if a.shape[0] == 1:  # a product with a vector takes half of the time
+            return (matrix @ a[0].to(wider))[None].to(a.dtype)
+        return (matrix @ a.to(wider).t()).t().to(a.dtype)
+
+
+@cache
+def _hear_of_beta() -> None:
+    """PyTorch says once that compressed rows are in beta; not to the user, who did not ask for them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1), check_invariants=False)
 
 
 def neuron_side_gpu(a: Tensor, values: Tensor, columns: Tensor, bounds: Tensor, response: bool):
@@ -61,12 +100,10 @@ def empty_side(a: Tensor, memories: int, outputs: int, response: bool) -> tuple[
     return side, a.new_empty(memories, a.shape[0], dtype=torch.float32)
 
 
-def _store(response_j: Tensor, j: int, side: Tensor, norms: Tensor, response: bool) -> None:
+def _store_norms(response_j: Tensor, j: int, norms: Tensor) -> None:
     # dtype: sum the squares in fp32 at least, fp16 would overflow where the response is fine.
     wide = torch.promote_types(response_j.dtype, torch.float32)
     norms[j] = torch.linalg.vector_norm(response_j, dim=1, dtype=wide)
-    if response:
-        side[j] = response_j
 
 
 def _store_nothing(j: int, side: Tensor, norms: Tensor) -> None:
@@ -87,6 +124,11 @@ def side_backward(
     response: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients to a [N, F] and values [R, O] from those to side and norms; an op, for it reads the bounds."""
+    return _span_by_span(grad_side, grad_norms, a, values, columns, bounds, side, norms, response)
+
+
+def _span_by_span(grad_side, grad_norms, a, values, columns, bounds, side, norms, response):
+    """Memory by memory, whose rows the host knows: on the CPU, or of one memory."""
     grad_a, grad_values = torch.zeros_like(a), torch.zeros_like(values)
     for j, (low, high) in enumerate(spans(bounds, values.shape[0])):
         taken, active = columns[low:high], a.index_select(1, columns[low:high])
@@ -96,6 +138,17 @@ def side_backward(
         grad_a.index_add_(1, taken, grad @ values[low:high].t())
         grad_values[low:high] = active.t() @ grad
     return grad_a, grad_values
+
+
+@side_backward.register_kernel("cuda")
+def _(grad_side, grad_norms, a, values, columns, bounds, side, norms, response):
+    if bounds.shape[0] == 2 or a.dtype == torch.float64:
+        return _span_by_span(grad_side, grad_norms, a, values, columns, bounds, side, norms, response)
+    from .gpu import side_backward as gpu
+
+    given = side if response else gpu.responses(a, values, columns, bounds)
+    grad = _grad_response(given, norms, grad_side if response else None, grad_norms)
+    return gpu.side_backward(grad, a, values, columns, bounds)
 
 
 @torch.library.custom_op("wise::side_backward_element", mutates_args=())
@@ -111,15 +164,26 @@ def side_backward_element(
     response: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients to a [N, F] and values [V] from those to side and norms; an op, for it reads the bounds."""
+    on_host = a.device.type == "cpu" or bounds.shape[0] == 2
+    found = spans(bounds, values.shape[0]) if on_host else None
+    return element_backward(grad_side, grad_norms, a, values, bits, bounds, side, norms, response, found)
+
+
+def element_backward(grad_side, grad_norms, a, values, bits, bounds, side, norms, response, found):
+    """The gradients, where values lie known by `found`, a (low, high) each, or read on the device."""
     grad_a, packed = torch.zeros_like(a), values.new_zeros(values.shape[0] + 1)
     start = torch.zeros((), dtype=torch.int64, device=a.device)
-    for j, (low, high) in enumerate(spans(bounds, values.shape[0])):
+    for j in range(bits.shape[0]):
+        bits_j, norms_j, grad_norms_j = (t.select(0, j) for t in (bits, norms, grad_norms))
         # Unpacked again: keeping every memory's D from the forward would cost J dense matrices.
-        dense = unpack_dense(values[low:high], bits[j], a.shape[1])
-        response_j = side[j] if response else F.linear(a, dense)
-        grad = _grad_response(response_j, norms[j], grad_side[j] if response else None, grad_norms[j])
+        if found is None:
+            dense = unpack_dense(values, bits_j, a.shape[1], bounds.select(0, j))
+        else:
+            dense = unpack_dense(values[slice(*found[j])], bits_j, a.shape[1])
+        response_j = side.select(0, j) if response else F.linear(a, dense)
+        grad = _grad_response(response_j, norms_j, grad_side.select(0, j) if response else None, grad_norms_j)
         grad_a += grad @ dense
-        start = scatter_packed(packed, grad.t() @ a, unpack_bits(bits[j], a.shape[1]), start)
+        start = scatter_packed(packed, grad.t() @ a, unpack_bits(bits_j, a.shape[1]), start)
     # clone: the gradient must not keep the spill slot's storage alive or alias it.
     return grad_a, packed[:-1].clone()
 
@@ -131,9 +195,10 @@ def _(grad_side, grad_norms, a, values, layout, bounds, side, norms, response):
 
 
 def _grad_response(response_j: Tensor, norm: Tensor, grad_side: Tensor | None, grad_norm: Tensor) -> Tensor:
+    """The gradient to responses [..., N, O] from that to their norms [..., N], and to themselves if they were kept."""
     # A zero response has norm 0; its subgradient is taken as 0, as torch.linalg.vector_norm does.
     scale = torch.where(norm > 0, grad_norm / norm, 0.0)
-    grad = response_j * scale[:, None]
+    grad = response_j * scale[..., None]
     return (grad if grad_side is None else grad + grad_side).to(response_j.dtype)
 
 
@@ -199,7 +264,8 @@ def side_forward(
     """
     a, values = autocast(a, values)
     check_neuron(a, values, columns, bounds)
-    return _side_forward(a, values, columns, bounds, response)
+    run = neuron_side if direct(a, values, columns, bounds) else _side_forward
+    return run(a, values, columns, bounds, response)
 
 
 def side_forward_element(
@@ -228,4 +294,6 @@ def side_forward_element(
     """
     a, values = autocast(a, values)
     check_element(a, values, bits, bounds)
+    if direct(a, values, bits, bounds):
+        return element_side(a, values, bits, bounds, response)
     return _side_forward_element(a, values, bits, bounds, response, popcounts)

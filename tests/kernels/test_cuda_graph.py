@@ -157,12 +157,12 @@ def test_decoding_with_a_held_choice_is_one_cuda_graph():
 @torch.no_grad()
 def test_sketched_routing_is_one_cuda_graph():
     chain = Chain(torch.float16).to(DEVICE)
-    sketched = sketch_values(chain.values, 16, torch.Generator().manual_seed(0))
+    bank = chain.values, chain.columns, chain.bounds
+    sketched = sketch_values(*bank, WIDTH, 16, torch.Generator().manual_seed(0))
     mask, inputs = torch.ones(BATCH, TOKENS, dtype=torch.bool, device=DEVICE), prompts(torch.float16)
 
     def choose(a, mask):
-        bank = chain.values, chain.columns, chain.bounds, sketched
-        return sketched_route(a, *bank, mask, 20 * chain.thresholds, sketch_bound(16, 1e-6))[1]
+        return sketched_route(a, *bank, sketched, mask, 20 * chain.thresholds, sketch_bound(16, 1e-6))[1]
 
     replay = recorded(choose, inputs[0].clone(), mask.clone())
     for a in inputs:
@@ -246,6 +246,7 @@ def launches(monkeypatch):
     """Launchers of this package on fake tensors: names of the kernels they would launch, in order."""
     log = []
     names = ("route", "leverage", "gated_rows", "gated_add", "gated_add_element", "sketch")
+    names += ("side_backward", "dual_tiles", "dual_forward", "row_sums")
     for name in names:
         module = pytest.importorskip(f"wise_kernels.gpu.{name}")
         monkeypatch.setattr(module, "guard", lambda tensor: nullcontext(), raising=False)
@@ -260,7 +261,7 @@ def launches(monkeypatch):
 @pytest.mark.parametrize("memories", [1, 4, 64])
 def test_launchers_read_nothing_on_the_host(launches, memories, batch, tokens):
     # Reading a fake tensor's data raises, and a grid cannot depend on it. Llama-2-7B: 4096 x 11008, rho 0.2.
-    from wise_kernels.gpu import gated_add, gated_add_element, gated_rows, sketch
+    from wise_kernels.gpu import gated_add, gated_add_element, gated_rows, side_backward, sketch
     from wise_kernels.gpu import leverage as lever
     from wise_kernels.gpu import route as routes
 
@@ -273,8 +274,10 @@ def test_launchers_read_nothing_on_the_host(launches, memories, batch, tokens):
         )
         values, index = torch.empty(columns, 4096, dtype=torch.bfloat16, **kind), torch.empty(columns, **kind).long()
         bounds, choice = torch.empty(memories + 1, **kind).long(), torch.empty(batch, **kind).long()
+        side = torch.empty(memories, rows, 4096, dtype=torch.bfloat16, **kind)
         mask, norms = torch.empty(batch, tokens, **kind).bool(), torch.empty(memories, rows, **kind)
         thresholds, factors = torch.empty(memories, **kind), torch.empty(columns, 128, **kind)
+        sketched = torch.empty(11008, memories * 16, dtype=torch.bfloat16, **kind)
         packed = torch.empty(memories * 9_000_000, dtype=torch.bfloat16, **kind)
         bits = torch.empty(memories, 4096, 344, **kind).int()
         popcounts = torch.empty(memories, 4096, 172, **kind).int()
@@ -284,9 +287,11 @@ def test_launchers_read_nothing_on_the_host(launches, memories, batch, tokens):
             lambda: routes.route(norms, mask, thresholds, norms, "max"),
             lambda: lever.leverage(a, index, bounds, factors),
             lambda: gated_add.gated_add(y, a, values, index, bounds, choice),
-            lambda: gated_rows.add_side(y, torch.empty(memories, rows, 4096, **kind), choice),
+            lambda: gated_rows.add_side(y, side, choice),
             lambda: gated_add_element.gated_add_element(y, a, packed, bits, bounds, choice, popcounts),
-            lambda: sketch.sketched_route(a, values, index, bounds, factors, mask, thresholds, 0.7, 1.5, None, "mean"),
+            lambda: sketch.sketched_route(a, values, index, bounds, sketched, mask, thresholds, 0.7, 1.5, None, "mean"),
+            lambda: side_backward.side_backward(torch.empty_like(side), a, values, index, bounds),
+            lambda: side_backward.responses(a, values, index, bounds),
         ):
             before = len(launches)
             run()
@@ -294,4 +299,4 @@ def test_launchers_read_nothing_on_the_host(launches, memories, batch, tokens):
     assert all(1 <= count <= 2 for count in counts[:3]) and counts[4] == 1
     # Decoding adds one launch to the projection's, or three that unpack.
     assert counts[3] == 1 if rows <= 16 else counts[3] <= 3
-    assert counts[5] <= 3 and counts[6] <= 7
+    assert counts[5] <= 3 and counts[6] <= 7 and counts[7] == 4 and counts[8] <= 4

@@ -8,7 +8,6 @@ from kernel_banks import NEURON_SIZES, WIDTH, neuron_bank, normal
 from tolerances import DTYPES, assert_fp32
 
 from wise_kernels import reference
-from wise_kernels.checks import spans
 
 gpu = pytest.importorskip("wise_kernels.gpu.leverage")
 
@@ -20,13 +19,9 @@ def factors_of(columns, rank, seed=3):
 
 def check(device, a, columns, bounds, factors):
     moved = [t.to(device) for t in (a, columns, bounds, factors)]
-    got, norms = gpu.leverage(*moved), gpu.thin_norms(*moved)
-    assert got.dtype == torch.float32 and got.shape == norms.shape == (len(bounds) - 1, a.shape[0])
+    got = gpu.leverage(*moved)
+    assert got.dtype == torch.float32 and got.shape == (len(bounds) - 1, a.shape[0])
     assert_fp32(got.cpu(), reference.leverage(a, columns, bounds, factors))
-    expected = [
-        a[:, columns[low:high]].float() @ factors[low:high].float() for low, high in spans(bounds, len(columns))
-    ]
-    assert_fp32(norms.cpu(), torch.stack([e.norm(dim=1) for e in expected]) if expected else norms.cpu())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

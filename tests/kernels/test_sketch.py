@@ -2,6 +2,8 @@
 nowhere else, and a sketch errs as seldom as its bound says.
 """
 
+import sys
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -35,7 +37,7 @@ FORMS = [sketched_route, pytest.param(launch, marks=pytest.mark.skipif(gpu is No
 def case(sizes, batch, tokens, seed=0, dtype=torch.float32, spread=1.0):
     """A bank, its sketch, activations, a mask, and thresholds near the median score, `spread` apart."""
     values, columns, bounds = neuron_bank(sizes, dtype=dtype, outputs=40, seed=seed)
-    sketched = sketch_values(values, SIZE, generator(seed))
+    sketched = sketch_values(values, columns, bounds, WIDTH, SIZE, generator(seed))
     a = normal(batch * tokens, WIDTH, seed=seed + 2, dtype=dtype)
     mask = torch.rand(batch, tokens, generator=generator(seed)) < 0.7
     norms = side_forward(a, values, columns, bounds, response=False)[1]
@@ -43,6 +45,11 @@ def case(sizes, batch, tokens, seed=0, dtype=torch.float32, spread=1.0):
     near = scores.median(0).values if batch else torch.ones(len(sizes))
     thresholds = near * torch.exp(spread * normal(len(sizes), seed=seed + 3))
     return (a, values, columns, bounds, sketched, mask, thresholds), norms
+
+
+def rows_of(sketched, memories):
+    """[J, s, F] as the definition takes them, from [F, J s]."""
+    return sketched.float().unflatten(1, (memories, -1)).permute(1, 2, 0)
 
 
 def decided_by_rounding(ratios, error):
@@ -71,7 +78,7 @@ def test_choices_are_those_of_exact_norms(form):
         scores, choice = form(*arguments, WITHIN, leverage, reduction)
         assert torch.equal(choice, chosen)
         a, values, columns, bounds, sketched = arguments[:5]
-        dense = [reference.dense_neuron(v, columns, bounds, WIDTH) for v in (values, sketched)]
+        dense = reference.dense_neuron(values, columns, bounds, WIDTH), rows_of(sketched, len(sizes))
         expected = reference.sketched_route(a, *dense, WITHIN, mask, thresholds, leverage, reduction)
         assert torch.equal(choice, expected[1])
         torch.testing.assert_close(scores, expected[0], rtol=1e-2 if dtype == torch.bfloat16 else 2e-3, atol=1e-3)
@@ -118,7 +125,7 @@ def test_padding_many_memories_ties_and_degenerate_thresholds(form):
     clean = route(torch.where(mask.flatten(), norms, 0.0), mask, thresholds)
     scores, choice = form(a, values, columns, bounds, sketched, mask, thresholds, WITHIN)
     assert torch.equal(choice, clean[1]) and not scores[1].any() and scores.isfinite().all()
-    same = [torch.cat([x[:10], x[:10]]) for x in (values, columns, sketched)]
+    same = [torch.cat([x[:10], x[:10]]) for x in (values, columns)] + [sketched[:, :SIZE].repeat(1, 2)]
     for thresholds in (torch.zeros(2), torch.full((2,), 1e-3), torch.full((2,), float("inf"))):
         scores, choice = form(a, same[0], same[1], bounds, same[2], mask, thresholds, WITHIN)
         assert choice.tolist() == [-1 if thresholds[0] > 1 else 0, -1, -1 if thresholds[0] > 1 else 0]
@@ -128,7 +135,7 @@ def test_padding_many_memories_ties_and_degenerate_thresholds(form):
 @pytest.mark.parametrize("sizes,batch,tokens", [((), 2, 3), ((3, 2), 0, 3), ((3, 2), 2, 0)])
 def test_empty(form, sizes, batch, tokens):
     values, columns, bounds = neuron_bank(sizes)
-    bank = values, columns, bounds, sketch_values(values, 4, generator(0))
+    bank = values, columns, bounds, sketch_values(values, columns, bounds, WIDTH, 4, generator(0))
     mask = torch.ones(batch, tokens, dtype=torch.bool)
     scores, choice = form(normal(batch * tokens, WIDTH), *bank, mask, torch.ones(len(sizes)), WITHIN)
     assert torch.equal(scores, torch.zeros(batch, len(sizes))) and choice.tolist() == [-1] * batch
@@ -139,7 +146,8 @@ def test_a_sketch_errs_as_seldom_as_its_bound_says(size):
     failure, trials, rng = 0.1, 2000, generator(size)
     low, high = sketch_bound(size, failure)
     v = normal(1, 12, seed=5)
-    rough = torch.stack([sketch_values(v, size, rng).norm() for _ in range(trials)])
+    bank = v, torch.zeros(1, dtype=torch.int64), torch.tensor([0, 1]), 1
+    rough = torch.stack([sketch_values(*bank, size, rng).norm() for _ in range(trials)])
     assert ((low * rough > v.norm()) | (high * rough < v.norm())).float().mean() <= failure
     assert rough.square().mean() == pytest.approx(float(v.square().sum()), rel=0.15)
 
@@ -158,15 +166,28 @@ def test_opcheck_compile_and_seeds():
     compiled = torch.compile(sketched_route, fullgraph=True, backend="aot_eager")
     for got, want in zip(compiled(*arguments, WITHIN), sketched_route(*arguments, WITHIN), strict=True):
         assert torch.equal(got, want)
-    values = arguments[1]
-    assert torch.equal(sketch_values(values, 4, generator(1)), sketch_values(values, 4, generator(1)))
+    bank = *arguments[1:4], WIDTH, 4
+    assert torch.equal(sketch_values(*bank, generator(1)), sketch_values(*bank, generator(1)))
+
+
+def test_a_sketch_lies_in_its_memorys_columns_and_leaves_room_out(monkeypatch):
+    monkeypatch.setattr(sys.modules["wise_kernels.sketch"], "ROWS", 4)
+    values, columns, bounds = neuron_bank((9, 0, 5), outputs=40)
+    room = torch.cat([values, values[:3]]), torch.cat([columns, columns[:3]]), bounds
+    sketched = sketch_values(*room, WIDTH, 6, generator(1))
+    assert sketched.shape == (WIDTH, 18) and torch.equal(
+        sketched, sketch_values(values, columns, bounds, WIDTH, 6, generator(1))
+    )
+    g = torch.randn(40, 6, generator=generator(1)) / 6**0.5
+    dense = reference.dense_neuron(values, columns, bounds, WIDTH)
+    assert_fp32(sketched, torch.cat([d.t() @ g for d in dense], 1))
 
 
 def test_errors():
     (a, values, columns, bounds, sketched, mask, thresholds), _ = case((10, 10), 2, 3)
     bank = a, values, columns, bounds
     cases = {
-        "sketched must be": (*bank, sketched[:3], mask, thresholds, WITHIN),
+        "sketched must be": (*bank, sketched[:, :3], mask, thresholds, WITHIN),
         "within must be": (*bank, sketched, mask, thresholds, (1.1, 2.0)),
         "prompt_mask must be": (*bank, sketched, mask.float(), thresholds, WITHIN),
         "thresholds must be": (*bank, sketched, mask, thresholds[:1], WITHIN),
@@ -177,7 +198,7 @@ def test_errors():
     for function, arguments in (
         (sketch_bound, (0, 0.1)),
         (sketch_bound, (4, 1.0)),
-        (sketch_values, (a, 0, generator(0))),
+        (sketch_values, (values, columns, bounds, WIDTH, 0, generator(0))),
     ):
         with pytest.raises(ValueError):
             function(*arguments)

@@ -45,6 +45,18 @@ def many_rows_tile(a: Tensor, outputs: int, products: int) -> Tile:
     return tile
 
 
+@triton.jit
+def chunk_rows(p_bounds, chunk, memories, ALIGN: tl.constexpr, BJ: tl.constexpr):
+    """The memory that a chunk of packed columns belongs to, the first of its rows there, and where the memory ends."""
+    j = -1
+    for first in range(0, memories, BJ):
+        o_j = first + tl.arange(0, BJ)
+        b_start = tl.load(p_bounds + o_j, mask=o_j < memories, other=0) // ALIGN + o_j
+        j += tl.sum(((b_start <= chunk) & (o_j < memories)).to(tl.int32), 0)
+    low, high = tl.load(p_bounds + j), tl.load(p_bounds + j + 1)
+    return j, low + (chunk - (low // ALIGN + j)) * ALIGN, high
+
+
 @triton.jit(do_not_specialize=["N", "memories"])
 def compact_fwd_kernel(
     p_a, p_columns, p_bounds, p_packed, N, memories, s_an, s_af, s_packed,
@@ -54,14 +66,9 @@ def compact_fwd_kernel(
     from the L2 cache, as programs of the same rows run side by side."""
     wait_for_inputs(PDL)
     chunk = tl.program_id(0)
-    j = -1
-    for first in range(0, memories, BJ):
-        o_j = first + tl.arange(0, BJ)
-        b_start = tl.load(p_bounds + o_j, mask=o_j < memories, other=0) // BK + o_j
-        j += tl.sum(((b_start <= chunk) & (o_j < memories)).to(tl.int32), 0)
-    low, high = tl.load(p_bounds + j), tl.load(p_bounds + j + 1)
+    j, first, high = chunk_rows(p_bounds, chunk, memories, BK, BJ)
     o_k = tl.arange(0, BK)
-    o_r = low + (chunk - (low // BK + j)) * BK + o_k
+    o_r = first + o_k
     m_r = o_r < high
     b_col = tl.load(p_columns + o_r, mask=m_r, other=0)
     o_n = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)[:, None]
@@ -120,16 +127,23 @@ def tiles_fwd_kernel(
             tl.store(p_side + j.to(tl.int64) * N * O + o_out, b_acc.to(p_side.dtype.element_ty), mask=m_out)
 
 
-def tiles_forward(a, weight, bias, values, columns, bounds, y, side, norms) -> None:
-    """Fill y [N, O] (if not None), side [J, N or 0, O] and norms [J, N]."""
-    (rows, width), outputs, memories = a.shape, values.shape[1], bounds.shape[0] - 1
-    chunks = values.shape[0] // ALIGN + memories
+def pack(a: Tensor, columns: Tensor, bounds: Tensor) -> Tensor:
+    """The columns of all memories as [N, P]; `columns` contiguous."""
+    rows, memories = a.shape[0], bounds.shape[0] - 1
+    chunks = columns.shape[0] // ALIGN + memories
     packed = torch.empty(rows, chunks * ALIGN, dtype=a.dtype, device=a.device)
     if memories:
         compact_fwd_kernel[(chunks, triton.cdiv(rows, COMPACT_ROWS))](
             a, columns, bounds, packed, rows, memories, *a.stride(), packed.stride(0),
             BN=COMPACT_ROWS, BK=ALIGN, BJ=COMPACT_BOUNDS, num_warps=COMPACT_WARPS, **dependent(a),
         )  # fmt: skip
+    return packed
+
+
+def tiles_forward(a, weight, bias, values, columns, bounds, y, side, norms) -> None:
+    """Fill y [N, O] (if not None), side [J, N or 0, O] and norms [J, N]."""
+    (rows, width), outputs, memories = a.shape, values.shape[1], bounds.shape[0] - 1
+    packed = pack(a, columns, bounds)
     products = memories + (weight is not None)
     tile = many_rows_tile(a, outputs, products)
     tiles_n, tiles_o = triton.cdiv(rows, tile.rows), triton.cdiv(outputs, tile.outputs)

@@ -1,6 +1,5 @@
 """leverage on a device: out [J, N] = ||a_S U_j||^2 with a_S = a[:, columns_j] of a [N, F] and U_j the rows
-bounds[j]:bounds[j+1] of `factors` [R, r], all memories in one grouped launch. `thin_norms` gives its root, the norm of
-a sketched memory (`sketch.py`).
+bounds[j]:bounds[j+1] of `factors` [R, r], all memories in one grouped launch.
 
 Precision: activations of 16 bits and factors that have been rounded to fp16 have at most 11 significant bits, as many
 as tf32 keeps: tensor cores multiply them exactly and add in fp32. Factors with more bits are rounded to 11. fp32
@@ -34,10 +33,9 @@ BLOCK_SUM = 256
 @triton.jit(do_not_specialize=SIZES)
 def thin_fwd_kernel(
     p_a, p_columns, p_bounds, p_factors, p_out, rows, rank, s_an, s_af, s_fk, s_fr,
-    ROOT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_R columns of a_S U_j for BLOCK_N tokens, squared and summed; finished here unless r is SPLIT."""
+    """BLOCK_R columns of a_S U_j for BLOCK_N tokens, squared and summed."""
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     j, part = tl.program_id(1).to(tl.int64), tl.program_id(2)
     o_r = part * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -57,19 +55,19 @@ def thin_fwd_kernel(
         b_y = tl.dot(b_a, b_u, b_y, input_precision=PRECISION)
     b_square = tl.sum(b_y * b_y, 1)
     p_out += part.to(tl.int64) * tl.num_programs(1) * rows + j * rows
-    tl.store(p_out + o_n, tl.sqrt(b_square) if ROOT and not SPLIT else b_square, mask=m_n)
+    tl.store(p_out + o_n, b_square, mask=m_n)
 
 
 @triton.jit(do_not_specialize=("count", "parts"))
-def thin_sum_kernel(p_parts, p_out, count, parts, ROOT: tl.constexpr, BLOCK: tl.constexpr):
-    """Add the parts [parts, count] in their order, so that equal inputs give equal bits, and finish."""
+def thin_sum_kernel(p_parts, p_out, count, parts, BLOCK: tl.constexpr):
+    """Add the parts [parts, count] in their order, so that equal inputs give equal bits."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < count
     count_64 = tl.full([], 0, tl.int64) + count
     b_square = tl.zeros([BLOCK], tl.float32)
     for part in range(parts):
         b_square += tl.load(p_parts + o + part * count_64, mask=m, other=0.0)
-    tl.store(p_out + o, tl.sqrt(b_square) if ROOT else b_square, mask=m)
+    tl.store(p_out + o, b_square, mask=m)
 
 
 def config(rows: int, memories: int, rank: int, exact: bool) -> tuple[int, int, int, int, int]:
@@ -83,7 +81,8 @@ def config(rows: int, memories: int, rank: int, exact: bool) -> tuple[int, int, 
     return LARGE[min(128, max(32, triton.next_power_of_2(rank)))]
 
 
-def _thin(a: Tensor, columns: Tensor, bounds: Tensor, factors: Tensor, root: bool) -> Tensor:
+def leverage(a: Tensor, columns: Tensor, bounds: Tensor, factors: Tensor) -> Tensor:
+    """[J, N] fp32 of `wise_kernels.leverage`; a and factors of any strides and floating dtypes up to fp32."""
     memories, rows, rank = bounds.shape[0] - 1, a.shape[0], factors.shape[1]
     out = torch.empty(memories, rows, dtype=torch.float32, device=a.device)
     if out.numel() == 0 or rank == 0:
@@ -96,23 +95,13 @@ def _thin(a: Tensor, columns: Tensor, bounds: Tensor, factors: Tensor, root: boo
     with guard(a):
         thin_fwd_kernel[(triton.cdiv(rows, block_n), memories, parts)](
             a, columns, bounds, factors, squares, rows, rank, *a.stride(), *factors.stride(),
-            ROOT=root, SPLIT=parts > 1, PRECISION="ieee" if exact else "tf32",
+            PRECISION="ieee" if exact else "tf32",
             BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=block_r, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
         if parts > 1:
             grid = (triton.cdiv(out.numel(), BLOCK_SUM),)
-            thin_sum_kernel[grid](squares, out, out.numel(), parts, ROOT=root, BLOCK=BLOCK_SUM)
+            thin_sum_kernel[grid](squares, out, out.numel(), parts, BLOCK=BLOCK_SUM)
     return out
-
-
-def leverage(a: Tensor, columns: Tensor, bounds: Tensor, factors: Tensor) -> Tensor:
-    """[J, N] fp32 of `wise_kernels.leverage`; a and factors of any strides and floating dtypes up to fp32."""
-    return _thin(a, columns, bounds, factors, False)
-
-
-def thin_norms(a: Tensor, columns: Tensor, bounds: Tensor, factors: Tensor) -> Tensor:
-    """||a_S U_j|| [J, N] fp32 of the same arguments."""
-    return _thin(a, columns, bounds, factors, True)
 
 
 def aot_cases() -> list[AotCase]:
@@ -122,28 +111,19 @@ def aot_cases() -> list[AotCase]:
         ("ieee", "fp32", c) for c in (SMALL, MEDIUM_FP32)
     ]
     for precision, dtype, (block_n, block_k, block_r, num_warps, num_stages) in shipped:
-        # One tile proves that the norm compiles as well.
-        for root, split in [(False, True), (False, False), *([(True, False)] if block_r == SMALL[2] else [])]:
-            constexprs = {
-                "ROOT": root, "SPLIT": split, "PRECISION": precision, "s_af": 1, "s_fr": 1,
-                "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": block_r,
-            }  # fmt: skip
-            pointers = {"p_a": f"*{dtype}", "p_columns": "*i64", "p_bounds": "*i64", "p_factors": "*fp32"}
-            pointers |= {"p_out": "*fp32"}
-            signature = {
-                name: "constexpr" if name in constexprs else pointers.get(name, "i32")
-                for name in thin_fwd_kernel.arg_names
-            }
-            divisible = tuple(n for n in (*pointers, "s_an", "s_fk") if n not in constexprs)
-            what = "norm" if root else "parts" if split else "square"
-            cases.append(AotCase(
-                f"leverage/{block_n}x{block_r}x{block_k}/{dtype}/{what}", thin_fwd_kernel,
-                signature, constexprs, num_warps, num_stages, "mma" if precision == "tf32" else None, divisible,
-            ))  # fmt: skip
-    for root in (False, True):
-        signature = {"p_parts": "*fp32", "p_out": "*fp32", "count": "i32", "parts": "i32"}
-        signature |= {"ROOT": "constexpr", "BLOCK": "constexpr"}
-        constexprs = {"ROOT": root, "BLOCK": BLOCK_SUM}
-        name = f"leverage/sum/{'norm' if root else 'square'}"
-        cases.append(AotCase(name, thin_sum_kernel, signature, constexprs, divisible=("p_parts", "p_out")))
+        constexprs = {"PRECISION": precision, "s_af": 1, "s_fr": 1}
+        constexprs |= {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": block_r}
+        pointers = {"p_a": f"*{dtype}", "p_columns": "*i64", "p_bounds": "*i64", "p_factors": "*fp32"}
+        pointers |= {"p_out": "*fp32"}
+        signature = {
+            name: "constexpr" if name in constexprs else pointers.get(name, "i32") for name in thin_fwd_kernel.arg_names
+        }
+        divisible = tuple(n for n in (*pointers, "s_an", "s_fk") if n not in constexprs)
+        cases.append(AotCase(
+            f"leverage/{block_n}x{block_r}x{block_k}/{dtype}", thin_fwd_kernel,
+            signature, constexprs, num_warps, num_stages, "mma" if precision == "tf32" else None, divisible,
+        ))  # fmt: skip
+    signature = {"p_parts": "*fp32", "p_out": "*fp32", "count": "i32", "parts": "i32", "BLOCK": "constexpr"}
+    meta = {"BLOCK": BLOCK_SUM}
+    cases.append(AotCase("leverage/sum", thin_sum_kernel, signature, meta, divisible=("p_parts", "p_out")))
     return cases

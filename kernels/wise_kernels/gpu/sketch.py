@@ -1,12 +1,12 @@
-"""sketched_route on a device. Norms ||a_S G_j|| [J, N] of sketched memories (`leverage.thin_norms`) give rough scores
-[B, J]; `contend` finds the pairs of sequence and memory that their bound leaves open; `exact` computes ||a_S V_j|| for
-the rows of those pairs alone; `settle` reduces them to scores, and the choice is made among the contenders.
+"""sketched_route on a device. Rough norms [J, N] are a dense product with the sketches [F, J s] of all memories
+(`..sketch.rough_norms`) and give rough scores [B, J]; `contend` finds the pairs of sequence and memory that their bound
+leaves open; `exact` computes ||a_S V_j|| for the rows of those pairs alone; `settle` reduces them to scores, and the
+choice is made among the contenders.
 
 Nothing comes back to the host: `exact` and `settle` are launched for all pairs, and a program whose rows have none open
-is done after reading their states, 4 bytes a row and memory. Sketching is bound as `thin_norms` is, by 2 N R s FLOP or
-4 R s bytes; an open pair adds reading its memory, or 2 T |S_j| O FLOP. On an
-H100 64 memories of Llama-2-7B, s 64, take 0.46 ms for 512 tokens and 1.8 for 2048, beside a plain projection of 62 and
-230 us: the gather of 141 k columns is what is waited for, not the product.
+is done after reading their states, 4 bytes a row and memory. Sketching is bound by the matrix units, 2 N F J s FLOP: on
+an H100 61 us for 2048 rows of Llama-2-7B and 64 memories, s 16, beside a plain projection of 230 us. An open pair adds
+reading its memory, or 2 T |S_j| O FLOP.
 """
 
 import torch
@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..sketch import rough_norms
 from .gated_add import POINTERS
 from .gated_rows import active_at, columns_at
 from .launch import SIZES, AotCase, guard, interpreted
-from .leverage import thin_norms
 from .route import by_sequence, choose, config, score
 
 # BLOCK_N, BLOCK_O, BLOCK_K, num_warps, num_stages
@@ -164,7 +164,7 @@ def sketched_route(
         scores = torch.empty(batch, memories, dtype=torch.float32, device=a.device)
         return scores, torch.full((batch,), -1, dtype=torch.int64, device=a.device)
     columns, thresholds = columns.contiguous(), thresholds.contiguous()
-    norms = thin_norms(a, columns, bounds, sketched)
+    norms = rough_norms(a, sketched, memories)
     _, block_j, block_t = config(memories, tokens)
     scores, spread, choice = score(norms, mask, thresholds, leverage, maximum, False, block_j, block_t, keep=True)
     states = torch.empty(batch, memories, dtype=torch.int32, device=a.device)
