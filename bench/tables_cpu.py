@@ -15,6 +15,7 @@ prefill = serving(command="*--rounds 101*", case="prefill 1 x 32")
 prefill_batch = Rows("serving.csv", "38f9401")(metric="ratio to unedited, by round", case="prefill 8 x 64")
 decode, decode_batch = (serving(case=f"decode 8 tokens after 16, batch {size}") for size in (1, 8))
 families = Rows("families.csv", "25465a5")(T=200)
+ops = Rows("ops.csv", "00d4bee")
 dense = Rows("dense.csv", "c1d7d7a")
 distributed = Rows("distributed.csv")
 
@@ -22,6 +23,43 @@ alone, batches = editing(case="ours, one at a time"), editing(case="ours, batche
 baseline = editing(case="baseline, extrapolated: *", metric="time per edit")
 SPEEDUP, TIME = "speed-up over the baseline", "time per edit"
 SCORES = "{run.reliability:.3s} | {run.generalization:.3s} | {run.locality:.3s}"
+
+
+OPS = (
+    "decode, neuron, 1 rows, in scope",
+    "decode, neuron, 1 rows, out of scope",
+    "decode, neuron, 8 rows, in scope",
+    "decode, neuron, 8 rows, out of scope",
+    "decode, element, 1 rows, in scope",
+    "decode, element, 1 rows, out of scope",
+    "decode, element, 8 rows, in scope",
+    "decode, element, 8 rows, out of scope",
+    "decode, neuron, 8 rows, 16 memories, in scope",
+    "prefill, neuron, 256 rows",
+    "prefill, element, 256 rows",
+    "prefill, neuron, 64 rows, 4 memories",
+    "prefill, element, 64 rows, 4 memories",
+    "norms, neuron, 64 rows, 1 memories",
+    "norms, neuron, 64 rows, 16 memories",
+    "norms, element, 64 rows, 4 memories",
+    "gated_add, neuron, 64 rows, 4 memories, response known",
+    "gated_add, neuron, 64 rows, 4 memories, product",
+    "gated_add, element, 64 rows, 4 memories, response known",
+    "gated_add, element, 64 rows, 4 memories, product",
+    "sketched_route, 64 rows, 64 memories",
+    "sketched_route, 256 rows, 64 memories",
+    "leverage, 64 rows, 1 memories",
+    "leverage, 64 rows, 4 memories",
+    "route, 64 rows, 1 memories",
+    "route, 512 rows, 16 memories",
+    "route, 512 rows, 64 memories",
+    "masked_update, neuron, 256 tokens, adam",
+    "masked_update, neuron, 256 tokens, sgd",
+    "masked_update, element, 256 tokens, adam",
+    "masked_update, element, 256 tokens, sgd",
+    "ties_merge, neuron, 2 shards",
+    "ties_merge, element, 2 shards",
+)
 
 
 def arm(rows: Rows, name: str) -> Rows:
@@ -38,6 +76,21 @@ def beside(text: str, rows: Rows, noise: str = "") -> Line:
     """Ours with nothing in scope, and the unedited model's twin."""
     cells = f"{{ours.value:.3s}} | {noise}{{twin.value:.3s}}"
     return line(f"| {text} | {cells} |", ours=arm(rows, "ours, nothing in scope"), twin=arm(rows, "unedited, again"))
+
+
+def timed(case: str) -> Line:
+    """An op on the CPU beside plain PyTorch."""
+    metrics = (
+        "ours: CPU time of a call",
+        "plain: CPU time of a call",
+        "ours / plain, by round",
+        "ours / plain, p20 of each",
+    )
+    named = dict(
+        zip(("ours", "plain", "rounds", "fast"), (ops(case=case, metric=metric) for metric in metrics), strict=True)
+    )
+    cells = "{ours.value:.0f} | {plain.value:.0f} | {rounds.value:.2f} | {fast.value:.2f}"
+    return line(f"| {case} | {cells} |", **named)
 
 
 def edited(text: str, rows: Rows) -> Line:
@@ -182,6 +235,10 @@ CPU = {
         "| exact, rephrased | edits that hold | s an edit |",
         *(family(name, families(family=name, settings="{}")) for name in ("gpt2", "llama", "mistral")),
         family("llama, memories of 50", Rows("families.csv", "de58e74")(family="llama", settings='{"shard_size":50}')),
+    ),
+    "ops": Table(
+        "| case, fp32 | ours, us | plain, us | ours / plain, by round | p20 of each |",
+        *map(timed, OPS),
     ),
     "dense": Table(
         "| | Rel | Gen | Loc | perplexity of held-out passages |",

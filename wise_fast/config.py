@@ -52,8 +52,7 @@ class WiseConfig:
         act_ratio: a memory's threshold is this share of the least score among its edits.
         z_ratio: with route_by "leverage", it is this share of the median, unless the other is less.
         last_ratio: with route_by "leverage", how much newer than that of a memory's median edit the last token of a
-            prompt may be, as a ratio (`wise_fast.scope`); None sets no limit. One edit in a hundred may be newer
-            itself, and is then not answered.
+            prompt may be, as a ratio, before it has to be louder (`wise_fast.scope`); None sets no limit.
         protect: protected update (`wise_fast.protection`), neuron layout only.
         protect_lambda: its lambda, in units of the edit's own mean a P a^T.
         protect_irrelevant: the same of sampled unrelated text, which is protected before the first edit; None leaves it

@@ -45,7 +45,8 @@ class SideMemory:
         shape: (d_out, d_ff) of the projection.
         threshold: eps of the routing rule, in score units; infinite while the memory holds no edit.
         z_threshold: the same where scores are over the root of their leverage.
-        last_limit: how new the last token of a prompt may be (`wise_fast.scope`); infinite where there is no limit.
+        last_limit: how new the last token of a prompt may be before it has to be louder (`wise_fast.scope`); infinite
+            where there is no limit.
         factor: [K, r] fp32 thin factor of what it has not been taught (`protection.untaught_factor`), for leverage;
             None without the protected update.
         edits: indices of the edits it holds, in the editor's order.
