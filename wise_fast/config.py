@@ -108,7 +108,7 @@ class WiseConfig:
     units: str = "relative"
     act_ratio: float = 0.9
     z_ratio: float = 0.36
-    last_ratio: float | None = 1.9
+    last_ratio: float | None = 1.7
     protect: bool = True
     protect_lambda: float = 1.0
     protect_irrelevant: float | None = 0.3

@@ -3,7 +3,7 @@
 A score is over what a memory does not know of the whole prompt. That tells an edit's paraphrases from other texts, but
 hardly a question about one entity from the same question about another, where the model is small or names share words:
 most of their tokens are known. The last token knows of all of them. So a sequence whose last prompt token is much newer
-to a memory than its own edits' are has to be louder to be in scope of it; and of several memories those to which it is
+to a memory than its own edits' are has to be louder by as much to be in scope of it; and of several memories those to which it is
 newer than to another have to be louder by as much. How new a token is to a memory is the root of its leverage over the
 norm of the response: what is well known and loudly answered is not.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_STEEP = 3  # how much louder too new a prompt has to be: the power of its newness
 _LEAST = 1e-6  # of a norm, and of a newness in units of its limit
 
 
@@ -25,7 +24,7 @@ def newness(leverage: Tensor, norm: Tensor) -> Tensor:
 def narrowed(thresholds: Tensor, limits: Tensor, norms: Tensor, leverage: Tensor, mask: Tensor) -> Tensor:
     """Thresholds of each sequence, [B, J], given how new its last prompt token is to each memory.
 
-    With n_j its newness over limit_j, `threshold_j max(1, n_j)^3 n_j / min_i n_i`, the least over memories that are
+    With n_j its newness over limit_j, `threshold_j max(1, n_j) n_j / min_i n_i`, the least over memories that are
     open to the sequence. On the device, no sync.
 
     Args:
@@ -42,4 +41,4 @@ def narrowed(thresholds: Tensor, limits: Tensor, norms: Tensor, leverage: Tensor
     new = (newness(at, norm) / limits).clamp_min(_LEAST)
     counts = limits.isfinite() & thresholds.isfinite()
     least = torch.where(counts, new, torch.inf).amin(1, keepdim=True)
-    return torch.where(counts, thresholds * new.clamp_min(1.0) ** _STEEP * (new / least), thresholds)
+    return torch.where(counts, thresholds * new.clamp_min(1.0) * (new / least), thresholds)
