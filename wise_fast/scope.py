@@ -4,8 +4,8 @@ A score is over what a memory does not know of the whole prompt. That tells an e
 hardly a question about one entity from the same question about another, where the model is small or names share words:
 most of their tokens are known. The last token knows of all of them. So a sequence whose last prompt token is much newer
 to a memory than its own edits' are has to be louder by as much to be in scope of it; and of several memories those to
-which it is newer than to another have to be louder by as much. How new a token is to a memory is the root of its leverage
-over the norm of the response: what is well known and loudly answered is not.
+which it is newer than to another have to be louder by as much. How new a token is to a memory is the root of its
+leverage over the norm of the response: what is well known and loudly answered is not.
 """
 
 from __future__ import annotations
