@@ -30,14 +30,15 @@ def calibrated(
         return memory, scores
     memory = memory.replace(factor=protection.untaught_factor(p))
     scores = {index: scores[index] / memory.spread(key) for index, key in keys}
+    louder = dict.fromkeys(scores, 1.0)
+    if config.last_ratio is not None:
+        last = {index: memory.newness(key) for index, key in keys}
+        memory = memory.replace(last_limit=config.last_ratio * statistics.median(last[index] for index in counted))
+        louder = {index: max(1.0, new / memory.last_limit) for index, new in last.items()}
     # No outlier drags the median, but an edit that holds must be heard.
-    heard = (config.act_ratio * scores[index] for index in scores if index in holds)
+    heard = (config.act_ratio * scores[index] / louder[index] for index in scores if index in holds)
     threshold = min([config.z_ratio * statistics.median(scores[index] for index in counted), *heard])
-    memory = memory.replace(z_threshold=threshold)
-    if config.last_ratio is None:
-        return memory, scores
-    last = [memory.newness(key) for index, key in keys if index in counted]
-    return memory.replace(last_limit=config.last_ratio * statistics.median(last)), scores
+    return memory.replace(z_threshold=threshold), scores
 
 
 def _loudness(memory: SideMemory, key: Tensor, config: WiseConfig) -> float:

@@ -149,14 +149,7 @@ class WiseEditor(Material, Packs, Sharing):
         return p if strength is None else protection.absorb(p, memory.select(self._quiet_pool.a), strength)
 
     def _room(self, state: EditorState) -> int:
-        """How many more edits the open shard takes; where `shard_fill` decides, of edits like those that it has."""
-        shard, config = state.shard, self.config
-        held = 0 if shard is None else len(shard.memory.edits)
-        room = config.batch_size if config.shard_size is None else config.shard_size - held
-        if not held or shard.p is None or config.shard_fill is None:
-            return room
-        taken = shard.taken
-        return min(room, max(0, round((config.shard_fill - taken) * held / taken)))
+        return self.config.batch_size if state.shard is None else state.shard.room(self.config)
 
     def _edit_batch(self, state: EditorState, edits: Sequence[Edit], examples: Sequence) -> tuple:
         """(state with the batch learned, reports). Edits that diverge are left out and reported."""

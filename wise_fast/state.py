@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from wise_fast.config import WiseConfig
 from wise_fast.data import Edit
 from wise_fast.memory import SideMemory
 from wise_fast.texts import Texts
@@ -71,6 +72,15 @@ class Shard:
         """Share of the trace of `P` that its edits have taken: of what can be learned without moving them."""
         now, before = (float(p.diagonal().double().sum()) for p in (self.p, self.origin))
         return 1 - now / before
+
+    def room(self, config: WiseConfig) -> int:
+        """How many more edits it takes; where `shard_fill` decides, of edits like those that it has."""
+        held = len(self.memory.edits)
+        room = config.batch_size if config.shard_size is None else config.shard_size - held
+        if not held or self.p is None or config.shard_fill is None:
+            return room
+        taken = self.taken
+        return min(room, max(0, round((config.shard_fill - taken) * held / taken)))
 
     def replace(self, **changes) -> Shard:
         return replace(self, **changes)
