@@ -17,7 +17,7 @@ from wise_fast import Edit, WiseEditor, merging, storage
 from wise_fast.checkpoint import Digester
 from wise_fast.distributed_command import app
 from wise_fast.models import load_model
-from wise_fast.shards import PACK, SHARDS
+from wise_fast.shards import PACK, SHARDS, Shards
 
 ROOT = Path(__file__).resolve().parents[1]
 STREAM = [*EDITS, Edit("River of Milan:", "J"), Edit("River of Kiel:", "K", irrelevant="River of Oslo:")]
@@ -96,6 +96,22 @@ def test_one_process_gives_what_one_editor_gives_in_turn(mode, files, alone, tmp
     assert printed["summary"]["memories"] == (COUNT if mode == "retrieve" else 1)
     assert printed["summary"]["shards"] == COUNT and printed["summary"]["superseded"] == 1
     assert len(load_file(out / PACK / storage.MEMORY)) > 1 and finished(out) == [f"00000{n}" for n in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_shard_that_is_full_before_its_time_comes_to_several_memories(mode, files, tmp_path):
+    config = CONFIG.replace(shard_size=SIZE, shard_fill=1e-6, batch_size=1, **MODES[mode])
+    editor = WiseEditor(*load_model(files[0] / "model"), config)
+    shards = Shards(editor, STREAM, tmp_path)
+    shards.claim()
+    for number in range(shards.count):
+        shards.fill(number, lambda count: None)
+    states = [shards.load(number) for number in range(shards.count)]
+    assert [len(state.memories) for state in states] == [len(shards.edits_of(n)) for n in range(shards.count)]
+    shards.save(states)
+    assert sorted(e for m in editor.memories for e in m.edits) == list(range(len(shards.edits)))
+    assert len(editor.memories) == (len(shards.edits) if mode == "retrieve" else 1)
+    assert editor.state.opened == len(shards.edits)
 
 
 def test_a_pack_is_loaded_and_answers(files, alone):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.stored import MODES, QUICK, contents, edits, make_editor, same_memory, served, with_scope
+from tests.stored import MODES, QUICK, contents, edits, make_editor, rewrite, same_memory, served, with_scope
 from tests.tiny import D_FF, HIDDEN, tiny_model, tiny_tokenizer
 from wise_fast import protection, storage
 from wise_fast.config import WiseConfig
@@ -142,6 +142,31 @@ def test_fifty_edits_take_at_most_seven_tenths_of_the_dense_matrix(tmp_path):
     summary = storage.inspect(tmp_path / "out")
     assert size == summary["bytes"] and summary["edits"] == 50 and summary["memories"][0]["rank"] == protection.RANK
     assert summary["dense_bytes"] == 640 * 2048 * 4 and size <= 0.7 * summary["dense_bytes"]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_packs_of_old_versions_load(copied, version):
+    """Without what came later: `last_limit` and its settings in version 3, the leverage factor of now in version 2."""
+    before = storage.load(copied).state.memories
+
+    def older(header, records, tensors):
+        header["version"] = version
+        for fact in header["memories"]:
+            del fact["last_limit"]
+        for name in ("last_ratio", "shard_fill"):
+            del header["config"][name]
+
+    rewrite(copied, older)
+    editor = WiseEditor.from_pretrained(tiny_model("llama"), tiny_tokenizer(), copied)
+    for memory, old in zip(editor.memories, before, strict=True):
+        assert memory.last_limit == float("inf") and memory.threshold == old.threshold
+        assert torch.equal(memory.values, old.values)
+        assert (memory.factor is None) == (version == 1 or old.factor is None)
+    editor.model(**tiny_tokenizer()("q0", return_tensors="pt"))
+    assert editor.routing.scores.isfinite().all()
+    assert editor.edit(Edit("another", "one"))[0].steps > 0
+    editor.save_pretrained(copied)
+    assert storage.inspect(copied)["version"] == storage.VERSION
 
 
 def test_inspect_needs_no_model(saved):
