@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bench.measure import UNRELATED, Setting, alternate, requests, timed, twin
 from bench.records import Row, percentiles, spread
 from wise_fast import WiseEditor
+from wise_fast.subjects import ANY
 
 _REFERENCE = "unedited"
 _NEAR_ZERO, _HUGE = 1e-20, 1e20  # a threshold that every response exceeds, a newness that no token has
@@ -51,7 +52,11 @@ def _compare(
 ) -> list[Row]:
     """Rows of one comparison: every arm's seconds per call (prefill, `new` = 0) or per decoded token."""
     ids = unrelated_tokens(setting, *size)
-    natural, newest = editor.projection.thresholds.clone(), editor.projection.last_limits
+    natural, newest, names = (
+        editor.projection.thresholds.clone(),
+        editor.projection.last_limits,
+        editor.projection.names,
+    )
     _prefill(editor.model, ids)
     quiet = int((editor.routing.choice < 0).sum())
     out = "ours, nothing in scope" + ("" if quiet == len(ids) else " (thresholds raised)")
@@ -66,7 +71,7 @@ def _compare(
         seconds = alternate(arms, setting.rounds)
     finally:
         editor.projection.thresholds.copy_(natural)
-        editor.projection.last_limits = newest
+        editor.projection.last_limits, editor.projection.names = newest, names
     share = Row("serving", case, "unrelated sequences out of scope by themselves", quiet / len(ids), "share")
     return [*_rows(case, seconds, max(new, 1), "time per token" if new else "time per call"), share]
 
@@ -102,13 +107,15 @@ def _arm(model: nn.Module, ids: Tensor, new: int) -> Callable[[], float]:
 
 def _scoped(editor: WiseEditor, thresholds: Tensor, run: Callable[[], float], inside: bool) -> Callable[[], float]:
     """The arm under these thresholds, which checks where its sequences went."""
-    limits = editor.projection.last_limits
+    limits, names = editor.projection.last_limits, editor.projection.names
     if inside and limits is not None:  # the same work, and nothing is too new
         limits = torch.full_like(limits, _HUGE)
+    if inside and names is not None:  # and every prompt names a subject
+        names = torch.full_like(names, ANY)
 
     def scoped() -> float:
         editor.projection.thresholds.copy_(thresholds)
-        editor.projection.last_limits = limits
+        editor.projection.last_limits, editor.projection.names = limits, names
         seconds = run()
         went = editor.routing.choice >= 0
         if bool((went != inside).any()):

@@ -91,8 +91,9 @@ def contents(directory):
 def same_memory(a, b):
     facts = [(m.layout, m.shape, m.threshold, m.z_threshold, m.edits) for m in (a, b)]
     tensors = [(a.values, b.values), (a.index, b.index)]
-    if a.factor is not None or b.factor is not None:
-        tensors.append((a.factor, b.factor))
+    for name in ("factor", "names"):
+        if any(getattr(m, name) is not None for m in (a, b)):
+            tensors.append((getattr(a, name), getattr(b, name)))
     return facts[0] == facts[1] and all(torch.equal(x, y) and x.dtype == y.dtype for x, y in tensors)
 
 

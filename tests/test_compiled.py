@@ -13,7 +13,7 @@ from transformers.generation.configuration_utils import CompileConfig
 from tests.edited import FACTS, make_editor, wide_model
 from tests.routed import FIXED, PROMPTS, generate, world
 from tests.tiny import tiny_tokenizer
-from wise_fast import WiseEditor
+from wise_fast import Edit, WiseEditor
 from wise_fast.compiled import eagerly
 from wise_fast.errors import WiseError
 
@@ -76,15 +76,15 @@ def test_edits_added_in_place_do_not_recompile():
     editor = make_editor(shard_size=1, batch_size=1)
     editor.reserve(memories=2)
     compiled = torch.compile(editor.model, **BACKEND)
-    texts = [FACTS[1].prompt, FACTS[0].prompt, "Where is cold", "~" * 13]
-    length = min(len(text) for text in texts)
-    ids = torch.cat([given(text[:length])["input_ids"] for text in texts])
+    facts = FACTS[0], Edit("Capital of Zed", "Bo")
+    texts = [facts[1].prompt, facts[0].prompt, "Where is cold?", "~" * 14]
+    ids = torch.cat([given(text)["input_ids"] for text in texts])
     masks = dict(attention_mask=torch.ones_like(ids), use_cache=False)
     expected = editor.model(ids, **masks).logits
     torch.testing.assert_close(compiled(ids, **masks).logits, expected)
     heard = []
     with no_recompile():
-        for change in (lambda: editor.edit(FACTS[0]), lambda: editor.edit(FACTS[1]), editor.rollback):
+        for change in (lambda: editor.edit(facts[0]), lambda: editor.edit(facts[1]), editor.rollback):
             change()
             got = compiled(ids, **masks).logits
             torch.testing.assert_close(got, editor.model(ids, **masks).logits)

@@ -45,7 +45,7 @@ BAD = [
     *((name, None) for name in (*SHARES, *NOT_NEGATIVE, *COUNTS_OR_0, *CHOICES, "lr", "max_steps", "protect")),
     *((name, value) for name in CHOICES for value in ("", "Neuron", 1, ["neuron"])),
     *(("layer", value) for value in (1.0, "3", True)),
-    *(("protect", value) for value in ("false", 1, 0)),
+    *((name, value) for name in ("protect", "by_subject") for value in ("false", 1, 0)),
     *(("shard_fill", value) for value in (0, -0.1, 1.01, math.nan, "1", [1])),
 ]
 
@@ -82,7 +82,8 @@ def test_the_bounds_themselves_are_fine(name, value):
 
 
 def test_every_setting_is_checked_somewhere():
-    listed = {*SHARES, *POSITIVE, *NOT_NEGATIVE, *COUNTS, *COUNTS_OR_0, *CHOICES, "layer", "protect", "shard_fill"}
+    listed = {*SHARES, *POSITIVE, *NOT_NEGATIVE, *COUNTS, *COUNTS_OR_0, *CHOICES, "layer", "shard_fill"}
+    listed |= {"protect", "by_subject"}
     assert {field.name for field in dataclasses.fields(WiseConfig)} == listed
 
 

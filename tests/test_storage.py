@@ -144,22 +144,27 @@ def test_fifty_edits_take_at_most_seven_tenths_of_the_dense_matrix(tmp_path):
     assert summary["dense_bytes"] == 640 * 2048 * 4 and size <= 0.7 * summary["dense_bytes"]
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_packs_of_old_versions_load(copied, version):
-    """Without what came later: `last_limit` and its settings in version 3, the leverage factor of now in version 2."""
+    """Without what came later: `names` and their setting in version 4, `last_limit` and its settings in version 3, the
+    leverage factor of now in version 2."""
     before = storage.load(copied).state.memories
 
     def older(header, records, tensors):
         header["version"] = version
-        for fact in header["memories"]:
-            del fact["last_limit"]
-        for name in ("last_ratio", "shard_fill"):
+        newer = {4: ("names",), 3: ("last_limit",)}
+        for number, fact in enumerate(header["memories"]):
+            for name in [name for later, names in newer.items() if version < later for name in names]:
+                del fact[name]
+            tensors.pop(f"memories.{number}.names", None)
+        for name in ("by_subject", *(("last_ratio", "shard_fill") if version < 3 else ())):
             del header["config"][name]
 
     rewrite(copied, older)
     editor = WiseEditor.from_pretrained(tiny_model("llama"), tiny_tokenizer(), copied)
     for memory, old in zip(editor.memories, before, strict=True):
-        assert memory.last_limit == float("inf") and memory.threshold == old.threshold
+        assert memory.last_limit == (old.last_limit if version == 3 else float("inf"))
+        assert memory.names is None and memory.threshold == old.threshold
         assert torch.equal(memory.values, old.values)
         assert (memory.factor is None) == (version == 1 or old.factor is None)
     editor.model(**tiny_tokenizer()("q0", return_tensors="pt"))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import torch
 
 from wise_fast import display, hub, storage
 from wise_fast.atomic import read_directory
@@ -155,13 +158,14 @@ def exact(rows: Sequence[dict]) -> dict[str, float | None]:
 
 def answers(editor: WiseEditor, prompts: Sequence[str], length: int, progress) -> Iterator[dict]:
     """Rows of `display.answers_table`: each prompt answered without and with the edits, and by which memory."""
-    limits = editor.projection.thresholds.tolist() if editor.projection.memories else []
+    served = editor.projection.memories > 0
     for place, prompt in enumerate(prompts, 1):
         with editor.disabled():
             (before,) = answer(editor, [prompt], length)
         (after,) = answer(editor, [prompt], length)
-        chosen = int(editor.routing.choice[0]) if limits else -1
-        scores = editor.routing.scores[0].tolist() if limits else []
+        chosen = int(editor.routing.choice[0]) if served else -1
+        scores = editor.routing.scores[0].tolist() if served else []
+        limits = torch.atleast_2d(editor.routing.thresholds)[0].tolist() if served else []
         nearest = chosen if chosen >= 0 else _nearest(scores, limits)
         yield {
             "prompt": prompt,
@@ -175,5 +179,6 @@ def answers(editor: WiseEditor, prompts: Sequence[str], length: int, progress) -
 
 
 def _nearest(scores: Sequence[float], limits: Sequence[float]) -> int | None:
-    """The memory whose threshold a prompt out of scope comes nearest to; None where there is none."""
-    return max(range(len(scores)), key=lambda j: scores[j] / limits[j] if limits[j] else 0.0, default=None)
+    """The memory whose threshold a prompt out of scope comes nearest to; None where it is closed to all."""
+    open_ones = [j for j, limit in enumerate(limits) if math.isfinite(limit)]
+    return max(open_ones, key=lambda j: scores[j] / limits[j] if limits[j] else 0.0, default=None)

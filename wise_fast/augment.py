@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 
 from wise_fast.architectures import evaluating
 from wise_fast.place import device_of
+from wise_fast.subjects import find_subject
 
 
 @torch.no_grad()
@@ -77,17 +77,12 @@ SUBJECTS = (
 
 
 def swap_subject(prompt: str, subject: str | None, count: int, generator: torch.Generator) -> list[str]:
-    """The prompt asked of up to `count` other subjects: its nearest neighbours that the edit must not change.
-
-    Without a given subject the longest run of capitalised words behind the first word stands for it; a prompt that
-    has none gives no neighbours.
-    """
-    found = re.search(re.escape(subject), prompt, re.IGNORECASE) if subject else None
-    if found is None:
-        runs = list(re.finditer(r"(?<=\s)(?:[A-Z0-9][^\s?]*)(?:\s+[A-Z0-9][^\s?]*)*", prompt))
-        found = max(runs, key=lambda run: run.end() - run.start(), default=None)
-    if found is None:
+    """The prompt asked of up to `count` other subjects: its nearest neighbours that the edit must not change. One that
+    has no subject (`find_subject`) gives none."""
+    place = find_subject(prompt, subject)
+    if place is None:
         return []
+    start, end = place
     order = torch.randperm(len(SUBJECTS), generator=generator).tolist()
-    others = [SUBJECTS[i] for i in order if SUBJECTS[i].lower() != found.group().lower()]
-    return [prompt[: found.start()] + other + prompt[found.end() :] for other in others[:count]]
+    others = [SUBJECTS[i] for i in order if SUBJECTS[i].lower() != prompt[start:end].lower()]
+    return [prompt[:start] + other + prompt[end:] for other in others[:count]]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from wise_fast import subjects
 from wise_fast.config import WiseConfig
 from wise_fast.errors import ConfigError
 from wise_fast.memory import Bank
@@ -18,13 +19,17 @@ from wise_fast.pack_rows import ROWS
 from wise_fast.protection import RANK
 from wise_kernels.bits import words
 
+_EDITS = 64  # in a memory, where nothing says how many
+
 
 class Size(NamedTuple):
-    """What a bank takes, or has room for: memories, rows of values, columns of the factors, rows of `limits`."""
+    """What a bank takes, or has room for: memories, rows of values, columns of the factors, rows of `names` and of
+    `limits`."""
 
     memories: int
     rows: int
     rank: int
+    names: int = 0
     packs: int = 0
 
 
@@ -41,7 +46,7 @@ def blank(layout: str, shape: tuple[int, int], size: Size, factors: bool, like: 
         factors: whether scores are over the root of their leverage.
         like: has the device and the dtype of the values.
     """
-    (d_out, d_ff), (memories, rows, rank, packs) = shape, size
+    (d_out, d_ff), (memories, rows, rank, names, packs) = shape, size
     whole, real = (dict(dtype=kind, device=like.device) for kind in (torch.int64, torch.float32))
     if layout == "neuron":
         values, index = like.new_zeros(rows, d_out), torch.zeros(rows, **whole)
@@ -57,6 +62,8 @@ def blank(layout: str, shape: tuple[int, int], size: Size, factors: bool, like: 
         torch.ones(memories, dtype=torch.bool, device=like.device) if factors else None,
         torch.full((max(packs, memories + len(ROWS)), memories), torch.inf, **real),
         torch.full((memories,), torch.inf, **real) if factors else None,
+        subjects.free(max(names, memories), like.device),
+        torch.zeros(max(names, memories), **whole),
     )
 
 
@@ -67,8 +74,9 @@ def require_sizes(**sizes: int) -> None:
             raise ConfigError(f"{name} is {size!r}, expected a whole number from 1")
 
 
-def planned(config: WiseConfig, projection: nn.Module, memories: int) -> tuple[int, int | None, str]:
-    """Rows, columns of the factors and layout that so many memories take: those being served, and new ones of a config.
+def planned(config: WiseConfig, projection: nn.Module, memories: int) -> tuple[int, int | None, str, int]:
+    """Rows, columns of the factors, layout and names that so many memories take: those being served, and new ones of a
+    config.
 
     Args:
         projection: the `DualMemoryLinear` that serves them.
@@ -88,18 +96,19 @@ def planned(config: WiseConfig, projection: nn.Module, memories: int) -> tuple[i
     more = (d_ff if config.layout == "neuron" else d_out * d_ff) - each if ties else 0
     leveraged = config.route_by == "leverage" and config.protect and config.layout == "neuron"
     rank = min(RANK, each) if leveraged else None
-    served, rows, columns, _ = projection.size
+    served, rows, columns, names, _ = projection.size
+    new = max(0, memories - served)
+    names += new * subjects.SPELLINGS * (config.shard_size or _EDITS) if config.by_subject else 0
     if not served:
-        return memories * each + more, rank, config.layout
-    rank = max(columns, rank or 0) or None
-    return rows + max(0, memories - served) * each + more, rank, projection.layout
+        return new * each + more, rank, config.layout, names
+    return rows + new * each + more, max(columns, rank or 0) or None, projection.layout, names
 
 
 def size_of(bank: Bank) -> Size:
     """What a bank takes, or has room for."""
     rank = 0 if bank.factors is None else bank.factors.shape[1]
-    packs = 0 if bank.limits is None else bank.limits.shape[0]
-    return Size(bank.thresholds.shape[0], bank.values.shape[0], rank, packs)
+    names, packs = (0 if tensor is None else len(tensor) for tensor in (bank.names, bank.limits))
+    return Size(bank.thresholds.shape[0], bank.values.shape[0], rank, names, packs)
 
 
 def fits(room: Bank, bank: Bank) -> bool:
@@ -117,7 +126,14 @@ def put(room: Bank, bank: Bank | None) -> None:
     if bank is None:
         room.bounds.zero_()
         return
-    memories, rows, rank, packs = size_of(bank)
+    memories, rows, rank, names, packs = size_of(bank)
+    room.names.copy_(subjects.free(len(room.names), room.names.device))
+    if names:
+        room.names[:names].copy_(bank.names)
+        room.owners[:names].copy_(bank.owners)
+    else:  # none asks for any
+        room.names[:memories].fill_(subjects.ANY)
+        room.owners[:memories].copy_(torch.arange(memories))
     room.values[:rows].copy_(bank.values)
     room.values[rows:].zero_()  # one memory alone is read to the end
     room.index[: len(bank.index)].copy_(bank.index)
@@ -154,7 +170,7 @@ def grown(room: Bank, bank: Bank, like: torch.Tensor) -> Bank:
 
 def taken(room: Bank, size: Size) -> Bank:
     """A copy of the part of a room that holds something: what is put into the room later is not in it."""
-    memories, rows, rank, packs = size
+    memories, rows, rank, names, packs = size
     values, neuron = room.values[:rows].clone(), room.index.ndim == 1
     if not neuron:  # kernels may read them in pairs
         values = torch.cat([values, values.new_zeros(1)])[:-1]
@@ -171,6 +187,8 @@ def taken(room: Bank, size: Size) -> Bank:
         None if leveraged is None else leveraged.clone(),
         room.limits[:packs, :memories].clone() if packs else None,
         None if factors is None else room.last_limits[:memories].clone(),
+        room.names[:names].clone() if names else None,
+        room.owners[:names].clone() if names else None,
     )
 
 

@@ -35,7 +35,7 @@ from wise_fast.texts import Texts
 
 logger = logging.getLogger(__name__)
 
-FORMAT, VERSION = "wise_fast checkpoint", 3
+FORMAT, VERSION = "wise_fast checkpoint", 4
 FACTS, TENSORS = "state.json", "state.safetensors"
 FILES = (FACTS, TENSORS)
 _KEPT = 2
@@ -187,8 +187,7 @@ def restore(facts: dict, tensors: dict[str, Tensor]) -> EditorState:
 
 def _flatten_memory(memory: SideMemory, prefix: str, tensors: dict[str, Tensor]) -> dict:
     tensors |= {prefix + "values": memory.values, prefix + "index": memory.index}
-    if memory.factor is not None:
-        tensors[prefix + "factor"] = memory.factor
+    tensors |= {prefix + name: t for name in ("factor", "names") if (t := getattr(memory, name)) is not None}
     taught = memory.taught
     if taught is not None:
         tensors |= {f"{prefix}taught.{name}": getattr(taught, name) for name in ("information", "origin")}
@@ -205,13 +204,14 @@ def _flatten_memory(memory: SideMemory, prefix: str, tensors: dict[str, Tensor])
 
 
 def _restore_memory(fact: dict, prefix: str, tensors: dict[str, Tensor]) -> SideMemory:
-    values, index, factor = tensors[prefix + "values"], tensors[prefix + "index"], tensors.get(prefix + "factor")
+    values, index = tensors[prefix + "values"], tensors[prefix + "index"]
+    maybe = {name: tensors.get(prefix + name) for name in ("factor", "names")}
     limits = {name: float.fromhex(fact[name]) for name in ("threshold", "z_threshold", "last_limit")}
     shape, edits, taught = tuple(fact["shape"]), tuple(fact["edits"]), None
     if fact["taught"] is not None:
         matrices = (tensors[f"{prefix}taught.{name}"] for name in ("information", "origin"))
         taught = Taught(*matrices, _restore_keys(fact["taught"], prefix + "taught.", tensors))
-    return SideMemory(fact["layout"], values, index, shape, factor=factor, edits=edits, taught=taught, **limits)
+    return SideMemory(fact["layout"], values, index, shape, edits=edits, taught=taught, **maybe, **limits)
 
 
 def _flatten_keys(keys: Keys, prefix: str) -> dict[str, Tensor]:

@@ -53,6 +53,8 @@ class WiseConfig:
         z_ratio: with route_by "leverage", it is this share of the median, unless the other is less.
         last_ratio: with route_by "leverage", how much newer than that of a memory's median edit the last token of a
             prompt may be, as a ratio, before it has to be louder (`wise_fast.scope`); None sets no limit.
+        by_subject: whether only prompts that name the subject of one of a memory's edits are in scope of it, and those
+            that name a part of it if they are louder (`wise_fast.subjects`).
         protect: protected update (`wise_fast.protection`), neuron layout only.
         protect_lambda: its lambda, in units of the edit's own mean a P a^T.
         protect_irrelevant: the same of sampled unrelated text, which is protected before the first edit; None leaves it
@@ -109,6 +111,7 @@ class WiseConfig:
     act_ratio: float = 0.9
     z_ratio: float = 0.36
     last_ratio: float | None = 1.7
+    by_subject: bool = True
     protect: bool = True
     protect_lambda: float = 1.0
     protect_irrelevant: float | None = 0.3
@@ -151,8 +154,9 @@ class WiseConfig:
             self._require("shard_fill", lambda v: 0 < v <= 1, "None, or above 0 and at most 1")
         if self.layer is not None:
             self._require("layer", lambda v: isinstance(v, int), "None or a whole number")
-        if not isinstance(self.protect, bool):
-            raise ConfigError(f"protect is {self.protect!r}, expected true or false")
+        for name in ("protect", "by_subject"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, expected true or false")
         if self.mode == "merge" and self.shard_size is None:
             raise ConfigError("mode 'merge' needs shard_size: after how many edits a shard closes")
         if self.merging == "regmean" and (self.layout != "neuron" or not self.protect or self.mask_ratio < 1):
@@ -190,6 +194,7 @@ class WiseConfig:
             shard_size=None,
             shard_fill=None,
             protect=False,
+            by_subject=False,
             route_by="score",
             stop="none",
             batch_size=1,

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from wise_fast import capacity, compiled, merging, protection, tokens, training
+from wise_fast import capacity, compiled, merging, protection, subjects, tokens, training
 from wise_fast.architectures import find_architecture
 from wise_fast.calibration import calibrated
 from wise_fast.chat import rendered
@@ -202,6 +202,9 @@ class WiseEditor(Material, Packs, Sharing):
         )
         holds = {i for i, report in enumerate(old) if report.success}
         holds |= {i for i, success in enumerate(fit.success, first) if success}
+        if self.config.by_subject:
+            rows = [row for report in reports for row in subjects.spellings(self.tokenizer, report.edit)]
+            memory = memory.replace(names=subjects.joined(memory.names, subjects.written(rows, memory.values)))
         memory, scores = calibrated(memory, fit.p, keys, holds, self.config)
         new = [
             r.replace(success=fit.success[i], score=scores[first + i], note="" if fit.success[i] else _FAILED)

@@ -15,11 +15,12 @@ from wise_fast.errors import ConfigError, PackError, UnsupportedModelError
 from wise_fast.memory import Bank
 from wise_fast.routing import Routing
 from wise_fast.scope import narrowed
+from wise_fast.subjects import named
 
 logger = logging.getLogger(__name__)
 
-_BUFFERS = ("values", "index", "bounds", "thresholds", "factors", "leveraged", "last_limits")  # of a state dict
-_ALL = (*_BUFFERS[:-1], "limits", "last_limits")  # of a bank, in its order
+_BUFFERS = ("values", "index", "bounds", "thresholds", "factors", "leveraged", "last_limits", "names", "owners")
+_ALL = (*_BUFFERS[:6], "limits", *_BUFFERS[6:])  # of a bank, in its order
 _EXACT = ("thresholds", "factors", "limits", "last_limits")  # what decides the routing
 
 
@@ -139,7 +140,9 @@ class DualMemoryLinear(nn.Module):
         capacity.put(self._room, bank)
 
     @torch.inference_mode(False)
-    def reserve(self, memories: int, rows: int, rank: int | None = None, layout: str = "neuron") -> None:
+    def reserve(
+        self, memories: int, rows: int, rank: int | None = None, layout: str = "neuron", names: int = 0
+    ) -> None:
         """Make room, so that banks up to this size are served without a change of any buffer's shape or address.
 
         Memories that are served go on being served; a free slot costs next to nothing. What is saved (`state_dict`)
@@ -150,6 +153,7 @@ class DualMemoryLinear(nn.Module):
             rows: values of all of them together: their columns (neuron layout) or single weights (element).
             rank: columns of the leverage factors; None where scores are not over the root of their leverage.
             layout: of the bank to come.
+            names: rows of the tokens of subjects, of all memories together (`wise_fast.subjects`).
 
         Raises:
             ConfigError: a size is not positive, there is no such layout, it has no leverage, or the bank being served
@@ -160,7 +164,7 @@ class DualMemoryLinear(nn.Module):
             raise ConfigError(f"layout is {layout!r}, expected 'neuron' or 'element'")
         if layout == "element" and rank is not None:
             raise ConfigError(f"rank is {rank}, but memories in the element layout have no leverage; leave it None")
-        shape, size = (self.out_features, self.in_features), capacity.Size(memories, rows, rank or 0)
+        shape, size = (self.out_features, self.in_features), capacity.Size(memories, rows, rank or 0, names)
         room, held = capacity.blank(layout, shape, size, rank is not None, self._place), self.held
         if held is not None and not capacity.fits(room, held):
             given = "{} memories of {} values, factors of {} columns".format
@@ -254,6 +258,8 @@ class DualMemoryLinear(nn.Module):
             mask = torch.ones(batch, flat.shape[0] // max(batch, 1), dtype=torch.bool, device=a.device)
         mask = mask.to(a.device)
         thresholds = self._thresholds()
+        if self.names is not None and self.routing.ids is not None:
+            thresholds = named(thresholds, self.routing.ids, mask, self.names, self.owners)
         if leverage is not None and self.last_limits is not None:
             thresholds = narrowed(thresholds, self.last_limits, norms.detach(), leverage.detach(), mask)
         scores, choice = kernels.route(norms, mask, thresholds, leverage, self.reduction)

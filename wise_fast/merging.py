@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 import wise_kernels as kernels
+from wise_fast import subjects
 from wise_fast.calibration import Keys, calibrated
 from wise_fast.config import WiseConfig
 from wise_fast.memory import SideMemory, Taught, storable
@@ -60,6 +62,7 @@ def merge_memories(memories: Sequence[SideMemory], density: float) -> SideMemory
         z_threshold=float("inf"),
         last_limit=float("inf"),
         factor=None,
+        names=_names(memories),
         taught=None,
         edits=tuple(e for m in memories for e in m.edits),
     )
@@ -84,6 +87,7 @@ def merge_by_covariance(memories: Sequence[SideMemory], config: WiseConfig) -> t
     keys = _sampled([key for m in known for key in m.taught.keys])
     merged = first.replace(
         values=storable(values.float().contiguous()),
+        names=_names(known),
         edits=tuple(e for m in known for e in m.edits),
         taught=Taught(information.float().contiguous(), origin, keys),
     )
@@ -97,6 +101,13 @@ def _taught(shard: Shard, holds: set[int]) -> Taught:
     keys = [key for key in shard.keys if key[0] in holds] or list(shard.keys)
     # An inverse comes by columns, and sums over those round otherwise than over what a checkpoint gives back.
     return Taught(information.float().contiguous(), shard.origin, _sampled(keys))
+
+
+def _names(memories: Sequence[SideMemory]) -> Tensor | None:
+    """The subjects of all; None if one does not ask for any."""
+    if any(m.names is None for m in memories):
+        return None
+    return functools.reduce(subjects.joined, [m.names for m in memories])
 
 
 def _sampled(keys: Keys) -> tuple[tuple[int, Tensor], ...]:

@@ -72,6 +72,7 @@ class Routing:
     Attributes:
         enabled: False serves the main memory alone.
         mask: [B, T] bool of the current forward, True where a token belongs to the prompt; None for "all of them".
+        ids: [B, T] token ids of the current forward while it decides; None where it was given embeddings.
         held: [B] int64 decision made at prefill that this forward must keep, or None.
         choice: [B] int64 decision of the latest forward: memory index, or -1 for the main memory; None when it asked
             for none (disabled, or no memories).
@@ -93,6 +94,7 @@ class Routing:
     def __init__(self):
         self.enabled = True
         self.mask: Tensor | None = None
+        self.ids: Tensor | None = None
         self.held: Tensor | None = None
         self.choice: Tensor | None = None
         self.scores: Tensor | None = None
@@ -159,7 +161,7 @@ class Routing:
         return dict(zip(self._parameters, args, strict=False)) | kwargs
 
     def _before(self, _module, args, kwargs) -> None:
-        self.mask = self.held = self.choice = self.rows = None
+        self.mask = self.ids = self.held = self.choice = self.rows = None
         given = self._given(args, kwargs)
         if self.enabled and given.get("cu_seq_lens_q") is not None:
             raise WiseError(
@@ -184,6 +186,7 @@ class Routing:
             self.choice = kept if self.enabled else None
             return
         self.scores = self.thresholds = None
+        self.ids = given.get("input_ids")
         if self.enabled:
             self.rows = self.packs.rows(batch, self.generating, tokens.device)
         self.mask = token_mask(given.get("attention_mask"), batch, length, cache, tokens.device)
@@ -215,7 +218,8 @@ class Routing:
         return max(0, seen - self._total)
 
     def _after(self, _module, args, kwargs, output) -> None:
-        mask, held, self.mask, self.held, self.rows = self.mask, self.held, None, None, None
+        mask, held = self.mask, self.held
+        self.mask = self.ids = self.held = self.rows = None
         if output is None or held is not None:  # the forward raised, or the cache has its decision already
             return
         made = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)

@@ -4,7 +4,8 @@ wise_config.json        format and version, settings, base model, facts about ea
                         files, and a checksum over all of that
 wise_edits.json         the reports, with their edits
 wise_memory.safetensors per memory: `values` as serving reads them (in half precision when that is exact), `index`
-                        (int32 columns, or mask bits) and, in the neuron layout, the leverage `factor`
+                        (int32 columns, or mask bits), in the neuron layout the leverage `factor`, and where scope
+                        asks for subjects their `names` (int32 tokens)
 README.md               the edits card, for people: not read, not checked, may be missing (see `wise_fast.card`)
 
 The protection matrix, [K, K], is not kept, so every memory is closed once loaded and the next edit opens a new shard.
@@ -24,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import wise_kernels as kernels
-from wise_fast import card
+from wise_fast import card, subjects
 from wise_fast.atomic import holds, read_directory, write_directory
 from wise_fast.config import WiseConfig
 from wise_fast.data import Edit
@@ -32,9 +33,10 @@ from wise_fast.errors import StorageError, WiseError
 from wise_fast.memory import SideMemory
 from wise_fast.state import EditorState, EditReport
 
-FORMAT, VERSION = "wise_fast", 3
-# Version 1 had another leverage factor, so it is routed by norms, as its thresholds are. Version 2 had no `last_limit`.
-_READ = (1, 2, 3)
+FORMAT, VERSION = "wise_fast", 4
+# Version 1 had another leverage factor, so it is routed by norms, as its thresholds are. Version 2 had no `last_limit`,
+# version 3 no `names`.
+_READ = (1, 2, 3, 4)
 CONFIG, EDITS, MEMORY = "wise_config.json", "wise_edits.json", "wise_memory.safetensors"
 CARD = "README.md"
 _FILES = (CONFIG, EDITS, MEMORY)
@@ -64,8 +66,8 @@ class Saved:
         """The state with its tensors on `device`."""
 
         def moved(memory: SideMemory) -> SideMemory:
-            factor = None if memory.factor is None else memory.factor.to(device)
-            return memory.replace(values=memory.values.to(device), index=memory.index.to(device), factor=factor)
+            tensors = {name: getattr(memory, name) for name in ("values", "index", "factor", "names")}
+            return memory.replace(**{name: t if t is None else t.to(device) for name, t in tensors.items()})
 
         merged, closed = (tuple(map(moved, memories)) for memories in (self.state.merged, self.state.closed))
         return self.state.replace(merged=merged, closed=closed)
@@ -186,6 +188,8 @@ def _tensors(memory: SideMemory) -> dict[str, Tensor]:
     stored = {"values": _halved(memory.values), "index": memory.index.to(torch.int32)}
     if memory.factor is not None:
         stored["factor"] = _halved(memory.factor)
+    if memory.names is not None:
+        stored["names"] = memory.names.to(torch.int32)
     return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in stored.items()}
 
 
@@ -202,6 +206,7 @@ def _facts(memory: SideMemory) -> dict:
         "rank": None if memory.factor is None else memory.factor.shape[1],
         "z_threshold": _plain(memory.z_threshold),
         "last_limit": _plain(memory.last_limit),
+        "names": None if memory.names is None else len(memory.names),
         "edits": list(memory.edits),
     }
 
@@ -237,11 +242,15 @@ def _state(header: dict, files: dict[str, bytes]) -> EditorState:
             factor, fact = None, fact | {"z_threshold": "inf"}
         if header["version"] < 3:
             fact = fact | {"last_limit": "inf"}
+        if header["version"] < 4:
+            fact = fact | {"names": None}
+        names = None if fact["names"] is None else tensors.pop(f"memories.{number}.names").long()
         values, index = tensors.pop(f"memories.{number}.values"), tensors.pop(f"memories.{number}.index")
         index = index.long() if fact["layout"] == "neuron" else index
         limits = {name: _number(fact[name]) for name in ("threshold", "z_threshold", "last_limit")}
         shape, edits = tuple(fact["shape"]), tuple(fact["edits"])
-        memory = SideMemory(fact["layout"], values.float(), index, shape, factor=factor, edits=edits, **limits)
+        kept = dict(factor=factor, names=names, edits=edits)
+        memory = SideMemory(fact["layout"], values.float(), index, shape, **kept, **limits)
         _require_sound(memory, tuple(header["base"]["shape"]), len(reports))
         places[fact["place"]].append(memory)
     if tensors or len({m.layout for m in places["merged"] + places["closed"]}) > 1:
@@ -268,6 +277,7 @@ def _require_sound(memory: SideMemory, shape: tuple[int, int], reports: int) -> 
     if memory.factor is not None:
         sound = sound and memory.factor.ndim == 2 and len(memory.factor) == len(index)
         sound = sound and bool(memory.factor.isfinite().all())
+    sound = sound and (memory.names is None or subjects.are_names(memory.names))
     edits = all(isinstance(edit, int) and 0 <= edit < reports for edit in memory.edits)
     limits = min(memory.threshold, memory.z_threshold, memory.last_limit) >= 0
     if not (sound and edits and limits and bool(values.isfinite().all())):
