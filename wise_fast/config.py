@@ -109,7 +109,7 @@ class WiseConfig:
     margin_weight: float = 10.0
     units: str = "relative"
     act_ratio: float = 0.9
-    z_ratio: float = 0.36
+    z_ratio: float = 0.25
     last_ratio: float | None = 1.7
     by_subject: bool = True
     protect: bool = True
