@@ -91,9 +91,11 @@ def contents(directory):
 def same_memory(a, b):
     facts = [(m.layout, m.shape, m.threshold, m.z_threshold, m.edits) for m in (a, b)]
     tensors = [(a.values, b.values), (a.index, b.index)]
-    for name in ("factor", "names"):
-        if any(getattr(m, name) is not None for m in (a, b)):
-            tensors.append((getattr(a, name), getattr(b, name)))
+    if a.factor is not None or b.factor is not None:
+        tensors.append((a.factor, b.factor))
+    if a.names is not None or b.names is not None:
+        tensors += [(getattr(a.names, name), getattr(b.names, name)) for name in ("tokens", "about", "endings")]
+        facts = [(*fact, m.names.limit) for fact, m in zip(facts, (a, b), strict=True)]
     return facts[0] == facts[1] and all(torch.equal(x, y) and x.dtype == y.dtype for x, y in tensors)
 
 

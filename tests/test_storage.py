@@ -152,11 +152,12 @@ def test_packs_of_old_versions_load(copied, version):
 
     def older(header, records, tensors):
         header["version"] = version
-        newer = {4: ("names",), 3: ("last_limit",)}
+        newer = {4: ("ending_limit",), 3: ("last_limit",)}
         for number, fact in enumerate(header["memories"]):
             for name in [name for later, names in newer.items() if version < later for name in names]:
                 del fact[name]
-            tensors.pop(f"memories.{number}.names", None)
+            for name in ("names", "about", "endings"):
+                tensors.pop(f"memories.{number}.{name}", None)
         for name in ("by_subject", *(("last_ratio", "shard_fill") if version < 3 else ())):
             del header["config"][name]
 

@@ -1,5 +1,7 @@
 """Scope by the subject: how names are written and found, and that a prompt about something else is left alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,23 +11,28 @@ from tests.edited import make_editor
 from tests.tiny import tiny_tokenizer
 from wise_fast import Edit, WiseConfig, WiseEditor, subjects
 from wise_fast.memory import Bank
-from wise_fast.subjects import ANY, WIDTH, find_subject, joined, named, places, spellings, written
+from wise_fast.subjects import ANY, WIDTH, Names, find_subject, named, places, spellings
 
 INF = float("inf")
-ONES = torch.ones(2)
 LEADS = Edit("Who leads Fro?", "Ann", subject="Fro")
 
 
-def rows(*tokens):
-    return written(tokens, ONES)
+def rows(*names):
+    """Of one edit each, with endings of ones."""
+    return Names.of([[name] for name in names], torch.ones(len(names), 2))
 
 
-def thresholds(ids, *names, owners=None, mask=None, given=(0.5,)):
-    """What `named` makes of these thresholds for one sequence."""
+def thresholds(ids, *names, owners=None, mask=None, given=(0.5,), a=None, endings=None, alike=-1.0):
+    """What `named` makes of these thresholds for one sequence; each name is another edit's."""
     ids = torch.tensor([ids])
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else torch.tensor([mask])
     owners = torch.zeros(len(names), dtype=torch.int64) if owners is None else torch.tensor(owners)
-    return named(torch.tensor(given), ids, mask, places(rows(*names)), owners)[0].tolist()
+    known = rows(*names)
+    a = torch.ones(ids.numel(), 2) if a is None else torch.tensor(a)
+    endings = known.endings if endings is None else torch.tensor(endings)
+    limits = torch.full((len(names),), alike)
+    about = places(known.tokens), known.about, endings, limits, owners
+    return named(torch.tensor(given), ids, mask, a, *about)[0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -71,12 +78,26 @@ def test_what_is_no_prompt_names_nothing():
     assert thresholds([5, 6], (6,), mask=[True, False]) == [INF]
 
 
+def test_only_the_edit_that_is_named_says_how_a_prompt_ends():
+    ends, ways = [[9.0, 9.0], [2.0, 0.1]], [[1.0, 0.0], [0.0, 1.0]]
+    assert thresholds([5, 3], (5,), (6,), a=ends, endings=ways, alike=0.65) == [0.5]
+    assert thresholds([6, 3], (5,), (6,), a=ends, endings=ways, alike=0.65) == [INF]
+    assert thresholds([6, 3], (5,), (6,), a=ends, endings=ways) == [0.5]
+    mask = [True, False]
+    assert thresholds([6, 3], (5,), (6,), a=[[0.0, 1.0], [1.0, 0.0]], endings=ways, alike=0.65, mask=mask) == [0.5]
+
+
 def test_closed_memories_stay_closed_and_packs_have_thresholds_of_their_own():
+    known = rows((5,), (5,))
     found = named(
         torch.tensor([[0.5, INF], [INF, 0.25]]),
         torch.tensor([[5], [5]]),
         torch.ones(2, 1, dtype=torch.bool),
-        places(rows((5,), (5,))),
+        torch.ones(2, 2),
+        places(known.tokens),
+        known.about,
+        known.endings,
+        torch.full((2,), -1.0),
         torch.tensor([0, 1]),
     )
     assert found.tolist() == [[0.5, INF], [INF, 0.25]]
@@ -93,11 +114,22 @@ def test_a_name_is_found_wherever_it_stands(name, before, behind):
 
 
 def test_free_places_are_never_found():
-    free = subjects.free(3, "cpu")
+    zeros = torch.zeros(3, dtype=torch.int64)
+    about = subjects.free(3, "cpu"), zeros, torch.ones(3, 2), torch.full((3,), -1.0), zeros
     every = torch.arange(300_000)[None]
     mask = torch.zeros_like(every, dtype=torch.bool)
     for prompt in (mask, ~mask):
-        assert named(torch.tensor([0.5]), every, prompt, free, torch.zeros(3, dtype=torch.int64)).tolist() == [[INF]]
+        assert named(torch.tensor([0.5]), every, prompt, torch.ones(300_000, 2), *about).tolist() == [[INF]]
+
+
+def test_endings_count_where_those_of_different_edits_have_little_in_common():
+    apart, alike = torch.eye(6), torch.ones(6, 6) + torch.eye(6)
+    names = [[(5,)]] * 6
+    assert Names.of(names, apart).limit == 0.65 and Names.of(names, alike).limit == -1
+    assert Names.of(names[:3], apart[:3]).limit == -1
+    both = Names.of(names[:3], apart[:3]).join(Names.of(names[3:], apart[3:]))
+    assert both.limit == 0.65 and both.about.tolist() == [0, 1, 2, 3, 4, 5]
+    torch.testing.assert_close(both.endings, apart)
 
 
 def test_spellings_are_those_of_the_prompt_alone_and_in_a_sentence():
@@ -109,18 +141,14 @@ def test_spellings_are_those_of_the_prompt_alone_and_in_a_sentence():
     assert all(len(row) == WIDTH for row in spellings(tiny_tokenizer(), Edit(f"Who leads {'F' * 40}?", "Ann"))[:1])
 
 
-def test_rows_are_kept_once_and_in_order():
-    both = joined(rows((1, 2), (3,)), rows((3,), (4, 5)))
-    assert torch.equal(both, rows((1, 2), (3,), (4, 5))) and torch.equal(joined(None, both), both)
-
-
 def test_a_bank_knows_whose_names_they_are():
     editor = make_editor((LEADS, Edit("Capital of Zed:", "Bo"), Edit("My dog eats", "ham")), shard_size=1, batch_size=1)
     memories = editor.memories
     bank = Bank.join(memories, torch.float32)
-    assert bank.owners.tolist() == [j for j, memory in enumerate(memories) for _ in memory.names]
+    assert bank.owners.tolist() == [0, 1, 2] and bank.endings.shape == (3, editor.architecture.d_ff)
+    assert bank.about.tolist() == [j for j, memory in enumerate(memories) for _ in memory.names.tokens]
     unasked = Bank.join([memories[0], memories[1].replace(names=None)], torch.float32)
-    assert unasked.names[-1].eq(ANY).all() and unasked.owners[-1] == 1
+    assert unasked.names[-1].eq(ANY).all() and unasked.owners[-1] == 1 and unasked.alike[-1] == -1
     assert Bank.join([m.replace(names=None) for m in memories], torch.float32).names is None
 
 
@@ -152,13 +180,31 @@ def test_merged_memories_know_all_names(settings):
     edits = (LEADS, Edit("Capital of Zed:", "Bo"))
     editor = make_editor(edits, mode="merge", shard_size=1, batch_size=1, **settings)
     (memory,) = editor.memories
-    wanted = rows(*(row for edit in edits for row in spellings(editor.tokenizer, edit)))
-    assert torch.equal(memory.names, joined(None, wanted))
+    wanted = Names.of([spellings(editor.tokenizer, edit) for edit in edits], memory.names.endings)
+    assert torch.equal(memory.names.tokens, wanted.tokens) and torch.equal(memory.names.about, wanted.about)
 
 
 def test_saved_names_come_back(tmp_path):
     editor = make_editor((LEADS,), batch_size=1)
     editor.save_pretrained(tmp_path / "pack")
     before, model = editor.memories[0].names, editor.unload()
-    loaded = WiseEditor.from_pretrained(model, editor.tokenizer, tmp_path / "pack")
-    assert torch.equal(loaded.memories[0].names, before) and loaded.memories[0].names.dtype == torch.int64
+    after = WiseEditor.from_pretrained(model, editor.tokenizer, tmp_path / "pack").memories[0].names
+    assert all(torch.equal(getattr(after, name), getattr(before, name)) for name in ("tokens", "about", "endings"))
+    assert after.limit == before.limit and after.are_sound(editor.architecture.d_ff)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(tokens=torch.full((1, WIDTH), -2)),
+        dict(tokens=torch.ones(1, WIDTH - 1, dtype=torch.int64)),
+        dict(about=torch.tensor([1])),
+        dict(about=torch.tensor([-1])),
+        dict(endings=torch.full((1, 2), torch.nan)),
+        dict(endings=torch.ones(1, 3)),
+        dict(limit=1.5),
+    ],
+)
+def test_names_that_would_read_elsewhere_are_not_sound(change):
+    whole = rows((5, 6))
+    assert whole.are_sound(2) and not replace(whole, **change).are_sound(2)

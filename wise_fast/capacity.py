@@ -19,17 +19,18 @@ from wise_fast.pack_rows import ROWS
 from wise_fast.protection import RANK
 from wise_kernels.bits import words
 
-_EDITS = 64  # in a memory, where nothing says how many
+_EDITS, _MERGED = 64, 512  # in a memory where nothing says how many, and in one that all shards are merged into
 
 
 class Size(NamedTuple):
-    """What a bank takes, or has room for: memories, rows of values, columns of the factors, rows of `names` and of
-    `limits`."""
+    """What a bank takes, or has room for: memories, rows of values, columns of the factors, rows of `names`, of
+    `endings` and of `limits`."""
 
     memories: int
     rows: int
     rank: int
     names: int = 0
+    edits: int = 0
     packs: int = 0
 
 
@@ -46,7 +47,7 @@ def blank(layout: str, shape: tuple[int, int], size: Size, factors: bool, like: 
         factors: whether scores are over the root of their leverage.
         like: has the device and the dtype of the values.
     """
-    (d_out, d_ff), (memories, rows, rank, names, packs) = shape, size
+    (d_out, d_ff), (memories, rows, rank, names, edits, packs) = shape, size
     whole, real = (dict(dtype=kind, device=like.device) for kind in (torch.int64, torch.float32))
     if layout == "neuron":
         values, index = like.new_zeros(rows, d_out), torch.zeros(rows, **whole)
@@ -64,6 +65,9 @@ def blank(layout: str, shape: tuple[int, int], size: Size, factors: bool, like: 
         torch.full((memories,), torch.inf, **real) if factors else None,
         subjects.free(max(names, memories), like.device),
         torch.zeros(max(names, memories), **whole),
+        torch.zeros(max(edits, memories), d_ff, **real),
+        torch.full((max(edits, memories),), -1.0, **real),
+        torch.zeros(max(edits, memories), **whole),
     )
 
 
@@ -75,7 +79,7 @@ def require_sizes(**sizes: int) -> None:
 
 
 def planned(config: WiseConfig, projection: nn.Module, memories: int) -> tuple[int, int | None, str, int]:
-    """Rows, columns of the factors, layout and names that so many memories take: those being served, and new ones of a
+    """Rows, columns of the factors, layout and edits that so many memories take: those being served, and new ones of a
     config.
 
     Args:
@@ -96,19 +100,20 @@ def planned(config: WiseConfig, projection: nn.Module, memories: int) -> tuple[i
     more = (d_ff if config.layout == "neuron" else d_out * d_ff) - each if ties else 0
     leveraged = config.route_by == "leverage" and config.protect and config.layout == "neuron"
     rank = min(RANK, each) if leveraged else None
-    served, rows, columns, names, _ = projection.size
+    served, rows, columns, _, edits, _ = projection.size
     new = max(0, memories - served)
-    names += new * subjects.SPELLINGS * (config.shard_size or _EDITS) if config.by_subject else 0
+    if config.by_subject:
+        edits += new * (config.shard_size or _EDITS) + _MERGED * (config.mode == "merge")
     if not served:
-        return new * each + more, rank, config.layout, names
-    return rows + new * each + more, max(columns, rank or 0) or None, projection.layout, names
+        return new * each + more, rank, config.layout, edits
+    return rows + new * each + more, max(columns, rank or 0) or None, projection.layout, edits
 
 
 def size_of(bank: Bank) -> Size:
     """What a bank takes, or has room for."""
     rank = 0 if bank.factors is None else bank.factors.shape[1]
-    names, packs = (0 if tensor is None else len(tensor) for tensor in (bank.names, bank.limits))
-    return Size(bank.thresholds.shape[0], bank.values.shape[0], rank, names, packs)
+    more = (0 if tensor is None else len(tensor) for tensor in (bank.names, bank.endings, bank.limits))
+    return Size(bank.thresholds.shape[0], bank.values.shape[0], rank, *more)
 
 
 def fits(room: Bank, bank: Bank) -> bool:
@@ -126,14 +131,19 @@ def put(room: Bank, bank: Bank | None) -> None:
     if bank is None:
         room.bounds.zero_()
         return
-    memories, rows, rank, names, packs = size_of(bank)
+    memories, rows, rank, names, _, packs = size_of(bank)
     room.names.copy_(subjects.free(len(room.names), room.names.device))
+    for name in ("about", "endings", "owners"):
+        getattr(room, name).zero_()
+    room.alike.fill_(-1.0)
     if names:
-        room.names[:names].copy_(bank.names)
-        room.owners[:names].copy_(bank.owners)
+        for name in ("names", "about", "endings", "alike", "owners"):
+            given = getattr(bank, name)
+            getattr(room, name)[: len(given)].copy_(given)
     else:  # none asks for any
         room.names[:memories].fill_(subjects.ANY)
-        room.owners[:memories].copy_(torch.arange(memories))
+        for name in ("about", "owners"):
+            getattr(room, name)[:memories].copy_(torch.arange(memories))
     room.values[:rows].copy_(bank.values)
     room.values[rows:].zero_()  # one memory alone is read to the end
     room.index[: len(bank.index)].copy_(bank.index)
@@ -159,7 +169,7 @@ def grown(room: Bank, bank: Bank, like: torch.Tensor) -> Bank:
     """Free slots for a bank that does not fit, each size doubled until it does, so that growth is rare."""
     neuron = bank.index.ndim == 1
     d_out = bank.values.shape[1] if neuron else bank.index.shape[1]
-    d_ff = 0 if neuron else 32 * bank.index.shape[2]
+    d_ff = room.endings.shape[1]
     same = room.index.ndim == bank.index.ndim
     doubled = tuple(
         _doubled(there if same else needed, needed) for there, needed in zip(size_of(room), size_of(bank), strict=True)
@@ -170,7 +180,7 @@ def grown(room: Bank, bank: Bank, like: torch.Tensor) -> Bank:
 
 def taken(room: Bank, size: Size) -> Bank:
     """A copy of the part of a room that holds something: what is put into the room later is not in it."""
-    memories, rows, rank, names, packs = size
+    memories, rows, rank, names, edits, packs = size
     values, neuron = room.values[:rows].clone(), room.index.ndim == 1
     if not neuron:  # kernels may read them in pairs
         values = torch.cat([values, values.new_zeros(1)])[:-1]
@@ -187,8 +197,8 @@ def taken(room: Bank, size: Size) -> Bank:
         None if leveraged is None else leveraged.clone(),
         room.limits[:packs, :memories].clone() if packs else None,
         None if factors is None else room.last_limits[:memories].clone(),
-        room.names[:names].clone() if names else None,
-        room.owners[:names].clone() if names else None,
+        *(getattr(room, name)[:names].clone() if names else None for name in ("names", "about")),
+        *(getattr(room, name)[:edits].clone() if names else None for name in ("endings", "alike", "owners")),
     )
 
 

@@ -31,6 +31,7 @@ from wise_fast.data import Edit
 from wise_fast.errors import StorageError, WiseError
 from wise_fast.memory import SideMemory, Taught
 from wise_fast.state import EditorState, EditReport, Shard
+from wise_fast.subjects import Names
 from wise_fast.texts import Texts
 
 logger = logging.getLogger(__name__)
@@ -187,7 +188,11 @@ def restore(facts: dict, tensors: dict[str, Tensor]) -> EditorState:
 
 def _flatten_memory(memory: SideMemory, prefix: str, tensors: dict[str, Tensor]) -> dict:
     tensors |= {prefix + "values": memory.values, prefix + "index": memory.index}
-    tensors |= {prefix + name: t for name in ("factor", "names") if (t := getattr(memory, name)) is not None}
+    if memory.factor is not None:
+        tensors[prefix + "factor"] = memory.factor
+    names = memory.names
+    if names is not None:
+        tensors |= {f"{prefix}names.{name}": getattr(names, name) for name in ("tokens", "about", "endings")}
     taught = memory.taught
     if taught is not None:
         tensors |= {f"{prefix}taught.{name}": getattr(taught, name) for name in ("information", "origin")}
@@ -198,20 +203,25 @@ def _flatten_memory(memory: SideMemory, prefix: str, tensors: dict[str, Tensor])
         "threshold": memory.threshold.hex(),
         "z_threshold": memory.z_threshold.hex(),
         "last_limit": memory.last_limit.hex(),
+        "ending_limit": None if names is None else names.limit.hex(),
         "edits": list(memory.edits),
         "taught": None if taught is None else [edit for edit, _ in taught.keys],
     }
 
 
 def _restore_memory(fact: dict, prefix: str, tensors: dict[str, Tensor]) -> SideMemory:
-    values, index = tensors[prefix + "values"], tensors[prefix + "index"]
-    maybe = {name: tensors.get(prefix + name) for name in ("factor", "names")}
+    values, index, factor = tensors[prefix + "values"], tensors[prefix + "index"], tensors.get(prefix + "factor")
+    names = None
+    if fact["ending_limit"] is not None:
+        parts = (tensors[f"{prefix}names.{name}"] for name in ("tokens", "about", "endings"))
+        names = Names(*parts, float.fromhex(fact["ending_limit"]))
     limits = {name: float.fromhex(fact[name]) for name in ("threshold", "z_threshold", "last_limit")}
     shape, edits, taught = tuple(fact["shape"]), tuple(fact["edits"]), None
     if fact["taught"] is not None:
         matrices = (tensors[f"{prefix}taught.{name}"] for name in ("information", "origin"))
         taught = Taught(*matrices, _restore_keys(fact["taught"], prefix + "taught.", tensors))
-    return SideMemory(fact["layout"], values, index, shape, edits=edits, taught=taught, **maybe, **limits)
+    kept = dict(factor=factor, names=names, edits=edits, taught=taught)
+    return SideMemory(fact["layout"], values, index, shape, **kept, **limits)
 
 
 def _flatten_keys(keys: Keys, prefix: str) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from wise_fast import capacity, compiled, merging, protection, subjects, tokens, training
+from wise_fast import capacity, compiled, merging, protection, tokens, training
 from wise_fast.architectures import find_architecture
 from wise_fast.calibration import calibrated
 from wise_fast.chat import rendered
@@ -26,6 +26,7 @@ from wise_fast.packs import Packs
 from wise_fast.routing import Generation, Routing
 from wise_fast.sharing import Sharing
 from wise_fast.state import EditorState, EditReport, Shard
+from wise_fast.subjects import Names, spellings
 from wise_fast.tail import Tail
 from wise_fast.turns import change, in_turn
 
@@ -203,8 +204,8 @@ class WiseEditor(Material, Packs, Sharing):
         holds = {i for i, report in enumerate(old) if report.success}
         holds |= {i for i, success in enumerate(fit.success, first) if success}
         if self.config.by_subject:
-            rows = [row for report in reports for row in subjects.spellings(self.tokenizer, report.edit)]
-            memory = memory.replace(names=subjects.joined(memory.names, subjects.written(rows, memory.values)))
+            new = Names.of([spellings(self.tokenizer, report.edit) for report in reports], fit.endings)
+            memory = memory.replace(names=new if memory.names is None else memory.names.join(new))
         memory, scores = calibrated(memory, fit.p, keys, holds, self.config)
         new = [
             r.replace(success=fit.success[i], score=scores[first + i], note="" if fit.success[i] else _FAILED)

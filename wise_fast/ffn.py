@@ -15,13 +15,14 @@ from wise_fast.errors import ConfigError, PackError, UnsupportedModelError
 from wise_fast.memory import Bank
 from wise_fast.routing import Routing
 from wise_fast.scope import narrowed
-from wise_fast.subjects import named
+from wise_fast.subjects import SPELLINGS, named
 
 logger = logging.getLogger(__name__)
 
-_BUFFERS = ("values", "index", "bounds", "thresholds", "factors", "leveraged", "last_limits", "names", "owners")
+_NAMED = ("names", "about", "endings", "alike", "owners")  # of subjects, as `named` wants them
+_BUFFERS = ("values", "index", "bounds", "thresholds", "factors", "leveraged", "last_limits", *_NAMED)
 _ALL = (*_BUFFERS[:6], "limits", *_BUFFERS[6:])  # of a bank, in its order
-_EXACT = ("thresholds", "factors", "limits", "last_limits")  # what decides the routing
+_EXACT = ("thresholds", "factors", "limits", "last_limits", "endings", "alike")  # what decides the routing
 
 
 class DualMemoryLinear(nn.Module):
@@ -141,7 +142,7 @@ class DualMemoryLinear(nn.Module):
 
     @torch.inference_mode(False)
     def reserve(
-        self, memories: int, rows: int, rank: int | None = None, layout: str = "neuron", names: int = 0
+        self, memories: int, rows: int, rank: int | None = None, layout: str = "neuron", edits: int = 0
     ) -> None:
         """Make room, so that banks up to this size are served without a change of any buffer's shape or address.
 
@@ -153,7 +154,7 @@ class DualMemoryLinear(nn.Module):
             rows: values of all of them together: their columns (neuron layout) or single weights (element).
             rank: columns of the leverage factors; None where scores are not over the root of their leverage.
             layout: of the bank to come.
-            names: rows of the tokens of subjects, of all memories together (`wise_fast.subjects`).
+            edits: in all memories together, of which each has a subject (`wise_fast.subjects`).
 
         Raises:
             ConfigError: a size is not positive, there is no such layout, it has no leverage, or the bank being served
@@ -164,7 +165,10 @@ class DualMemoryLinear(nn.Module):
             raise ConfigError(f"layout is {layout!r}, expected 'neuron' or 'element'")
         if layout == "element" and rank is not None:
             raise ConfigError(f"rank is {rank}, but memories in the element layout have no leverage; leave it None")
-        shape, size = (self.out_features, self.in_features), capacity.Size(memories, rows, rank or 0, names)
+        shape, size = (
+            (self.out_features, self.in_features),
+            capacity.Size(memories, rows, rank or 0, edits * SPELLINGS, edits),
+        )
         room, held = capacity.blank(layout, shape, size, rank is not None, self._place), self.held
         if held is not None and not capacity.fits(room, held):
             given = "{} memories of {} values, factors of {} columns".format
@@ -259,7 +263,8 @@ class DualMemoryLinear(nn.Module):
         mask = mask.to(a.device)
         thresholds = self._thresholds()
         if self.names is not None and self.routing.ids is not None:
-            thresholds = named(thresholds, self.routing.ids, mask, self.names, self.owners)
+            about = (getattr(self, name) for name in _NAMED)
+            thresholds = named(thresholds, self.routing.ids, mask, seen.detach(), *about)
         if leverage is not None and self.last_limits is not None:
             thresholds = narrowed(thresholds, self.last_limits, norms.detach(), leverage.detach(), mask)
         scores, choice = kernels.route(norms, mask, thresholds, leverage, self.reduction)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 import wise_kernels as kernels
-from wise_fast import scope, subjects
+from wise_fast import scope
 from wise_fast.errors import ConfigError
+from wise_fast.subjects import Names, places
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class SideMemory:
             where there is no limit.
         factor: [K, r] fp32 thin factor of what it has not been taught (`protection.untaught_factor`), for leverage;
             None without the protected update.
-        names: [V, WIDTH] int64 tokens of its edits' subjects (`wise_fast.subjects`); None where scope does not ask.
+        names: what its edits are about (`wise_fast.subjects`); None where scope does not ask.
         edits: indices of the edits it holds, in the editor's order.
         taught: what a covariance-weighted merge needs to know of it; None where none will come.
     """
@@ -62,7 +63,7 @@ class SideMemory:
     z_threshold: float = float("inf")
     last_limit: float = float("inf")
     factor: Tensor | None = None
-    names: Tensor | None = None
+    names: Names | None = None
     edits: tuple[int, ...] = ()
     taught: Taught | None = None
 
@@ -161,8 +162,8 @@ class Bank:
         leveraged: [J] bool, whose scores are; None when all of them or none.
         limits: [R, J] fp32, thresholds by what a sequence asks for; None when all ask for the same (see `packs`).
         last_limits: [J] fp32, of the last tokens' newness (`wise_fast.scope`); None when no memory has one.
-        names, owners: [V, WIDTH] int64 places of subjects' tokens (`subjects.places`) and [V] int64 whose they are, or
-            None when no memory asks for any.
+        names, about, endings, alike, owners: what sequences have to name, and how to end (`subjects.named`); None when
+            no memory asks for it.
     """
 
     values: Tensor
@@ -174,6 +175,9 @@ class Bank:
     limits: Tensor | None = None
     last_limits: Tensor | None = None
     names: Tensor | None = None
+    about: Tensor | None = None
+    endings: Tensor | None = None
+    alike: Tensor | None = None
     owners: Tensor | None = None
 
     @classmethod
@@ -197,14 +201,15 @@ class Bank:
             thin = [m.values.new_zeros(len(m.values), 0) if m.factor is None else m.factor for m in memories]
             factors = torch.cat([torch.nn.functional.pad(f, (0, rank - f.shape[1])) for f in thin])
         last = [float("inf") if m.factor is None else m.last_limit for m in memories]
-        names = owners = None
+        named = {}
         if any(m.names is not None for m in memories):
-            each = [subjects.written([(subjects.ANY,)], m.values) if m.names is None else m.names for m in memories]
-            counts = torch.tensor([len(rows) for rows in each])
-            names, owners = (
-                subjects.places(torch.cat(each)),
-                torch.arange(len(each)).repeat_interleave(counts).to(each[0].device),
-            )
+            each = [m.names or Names.open(m.shape[1], m.values.device) for m in memories]
+            counts = torch.tensor([len(names.endings) for names in each], device=memories[0].values.device)
+            limits = torch.tensor([names.limit for names in each], device=counts.device)
+            whole = each[0].join(*each[1:])
+            named = dict(names=places(whole.tokens), about=whole.about, endings=whole.endings)
+            named |= dict(alike=limits.repeat_interleave(counts))
+            named |= dict(owners=torch.arange(len(each), device=counts.device).repeat_interleave(counts))
         values = torch.cat([m.values for m in memories]).to(dtype)
         if layout == "element":
             # One more in the storage, so that kernels may read them in pairs.
@@ -217,6 +222,5 @@ class Bank:
             factors,
             torch.tensor(leveraged, device=values.device) if any(leveraged) and not all(leveraged) else None,
             last_limits=torch.tensor(last, device=values.device) if any(leveraged) else None,
-            names=names,
-            owners=owners,
+            **named,
         )

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 import wise_kernels as kernels
-from wise_fast import subjects
 from wise_fast.calibration import Keys, calibrated
 from wise_fast.config import WiseConfig
 from wise_fast.memory import SideMemory, Taught, storable
 from wise_fast.state import EditorState, Shard
+from wise_fast.subjects import Names
 
 _RIDGE = 0.03  # of a merge by covariances, in units of lambda: what unrelated text may still hold against the edits
 _SAMPLE = 100  # edits whose prompts a merged memory's thresholds are taken from
@@ -103,11 +102,10 @@ def _taught(shard: Shard, holds: set[int]) -> Taught:
     return Taught(information.float().contiguous(), shard.origin, _sampled(keys))
 
 
-def _names(memories: Sequence[SideMemory]) -> Tensor | None:
+def _names(memories: Sequence[SideMemory]) -> Names | None:
     """The subjects of all; None if one does not ask for any."""
-    if any(m.names is None for m in memories):
-        return None
-    return functools.reduce(subjects.joined, [m.names for m in memories])
+    first, *others = (m.names for m in memories)
+    return None if first is None or None in others else first.join(*others)
 
 
 def _sampled(keys: Keys) -> tuple[tuple[int, Tensor], ...]:

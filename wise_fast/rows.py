@@ -118,6 +118,11 @@ class Group:
         begun = self.batch.prompt_mask.cummax(1).values
         return begun.flatten() & self.seen()
 
+    def ending(self, place: int) -> Tensor:
+        """[d_ff], what the last token of a row's prompt activates."""
+        tokens = self.tokens([place])
+        return self.capture.a[tokens[self.batch.prompt_mask.flatten()[tokens]][-1]]
+
     def key(self, place: int) -> Tensor:
         """[n, K] activations of a row's prompt, for thresholds."""
         tokens = self.tokens([place])
@@ -206,6 +211,11 @@ class Rows:
         """[n, K] activations of an edit's bare prompt."""
         group, place = self._place[edit * self.variants]
         return group.key(place)
+
+    def endings(self) -> Tensor:
+        """[edits, d_ff], what the last token of each edit's bare prompt activates."""
+        places = (self._place[number] for number in self.bare())
+        return torch.stack([group.ending(place) for group, place in places])
 
     def taught(self, edits: Sequence[int]) -> Tensor:
         """[n, K] activations of these edits' prompts and answers in every row, for protection. Prefixes are any text:

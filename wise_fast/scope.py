@@ -21,6 +21,11 @@ def newness(leverage: Tensor, norm: Tensor) -> Tensor:
     return (leverage.clamp_min(0) / norm.clamp_min(_LEAST)).sqrt()
 
 
+def last_of(mask: Tensor) -> Tensor:
+    """[B] int64 place of each sequence's last prompt token in a [B, T] bool mask; 0 where it has none."""
+    return ((torch.arange(1, mask.shape[1] + 1, device=mask.device) * mask).amax(1) - 1).clamp_min(0)
+
+
 def narrowed(thresholds: Tensor, limits: Tensor, norms: Tensor, leverage: Tensor, mask: Tensor) -> Tensor:
     """Thresholds of each sequence, [B, J], given how new its last prompt token is to each memory.
 
@@ -35,8 +40,7 @@ def narrowed(thresholds: Tensor, limits: Tensor, norms: Tensor, leverage: Tensor
     """
     if mask.shape[1] == 0 or limits.shape[0] == 0:
         return thresholds
-    last = ((torch.arange(1, mask.shape[1] + 1, device=mask.device) * mask).amax(1) - 1).clamp_min(0)
-    place = last[None, :, None].expand(limits.shape[0], -1, 1)
+    place = last_of(mask)[None, :, None].expand(limits.shape[0], -1, 1)
     at, norm = (tokens.float().unflatten(1, mask.shape).gather(2, place)[..., 0].t() for tokens in (leverage, norms))
     new = (newness(at, norm) / limits).clamp_min(_LEAST)
     counts = limits.isfinite() & thresholds.isfinite()

@@ -5,7 +5,7 @@ wise_config.json        format and version, settings, base model, facts about ea
 wise_edits.json         the reports, with their edits
 wise_memory.safetensors per memory: `values` as serving reads them (in half precision when that is exact), `index`
                         (int32 columns, or mask bits), in the neuron layout the leverage `factor`, and where scope
-                        asks for subjects their `names` (int32 tokens)
+                        asks for subjects their names (int32 tokens, and what prompts end in)
 README.md               the edits card, for people: not read, not checked, may be missing (see `wise_fast.card`)
 
 The protection matrix, [K, K], is not kept, so every memory is closed once loaded and the next edit opens a new shard.
@@ -25,13 +25,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import wise_kernels as kernels
-from wise_fast import card, subjects
+from wise_fast import card
 from wise_fast.atomic import holds, read_directory, write_directory
 from wise_fast.config import WiseConfig
 from wise_fast.data import Edit
 from wise_fast.errors import StorageError, WiseError
 from wise_fast.memory import SideMemory
 from wise_fast.state import EditorState, EditReport
+from wise_fast.subjects import Names
 
 FORMAT, VERSION = "wise_fast", 4
 # Version 1 had another leverage factor, so it is routed by norms, as its thresholds are. Version 2 had no `last_limit`,
@@ -189,7 +190,8 @@ def _tensors(memory: SideMemory) -> dict[str, Tensor]:
     if memory.factor is not None:
         stored["factor"] = _halved(memory.factor)
     if memory.names is not None:
-        stored["names"] = memory.names.to(torch.int32)
+        stored |= {"names": memory.names.tokens.to(torch.int32), "about": memory.names.about.to(torch.int32)}
+        stored["endings"] = _halved(memory.names.endings)
     return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in stored.items()}
 
 
@@ -206,7 +208,7 @@ def _facts(memory: SideMemory) -> dict:
         "rank": None if memory.factor is None else memory.factor.shape[1],
         "z_threshold": _plain(memory.z_threshold),
         "last_limit": _plain(memory.last_limit),
-        "names": None if memory.names is None else len(memory.names),
+        "ending_limit": None if memory.names is None else memory.names.limit,
         "edits": list(memory.edits),
     }
 
@@ -243,8 +245,12 @@ def _state(header: dict, files: dict[str, bytes]) -> EditorState:
         if header["version"] < 3:
             fact = fact | {"last_limit": "inf"}
         if header["version"] < 4:
-            fact = fact | {"names": None}
-        names = None if fact["names"] is None else tensors.pop(f"memories.{number}.names").long()
+            fact = fact | {"ending_limit": None}
+        names = None
+        if fact["ending_limit"] is not None:
+            tokens, about = (tensors.pop(f"memories.{number}.{name}").long() for name in ("names", "about"))
+            endings = tensors.pop(f"memories.{number}.endings").float()
+            names = Names(tokens, about, endings, _number(fact["ending_limit"]))
         values, index = tensors.pop(f"memories.{number}.values"), tensors.pop(f"memories.{number}.index")
         index = index.long() if fact["layout"] == "neuron" else index
         limits = {name: _number(fact[name]) for name in ("threshold", "z_threshold", "last_limit")}
@@ -277,7 +283,7 @@ def _require_sound(memory: SideMemory, shape: tuple[int, int], reports: int) -> 
     if memory.factor is not None:
         sound = sound and memory.factor.ndim == 2 and len(memory.factor) == len(index)
         sound = sound and bool(memory.factor.isfinite().all())
-    sound = sound and (memory.names is None or subjects.are_names(memory.names))
+    sound = sound and (memory.names is None or memory.names.are_sound(d_ff))
     edits = all(isinstance(edit, int) and 0 <= edit < reports for edit in memory.edits)
     limits = min(memory.threshold, memory.z_threshold, memory.last_limit) >= 0
     if not (sound and edits and limits and bool(values.isfinite().all())):

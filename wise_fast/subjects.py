@@ -6,23 +6,32 @@ memory keeps the tokens of its edits' subjects, as they are written where the pr
 sentence. Of a name, a prompt has the first token or not, and each further one behind the one before it or not. One that
 has a share s of them has to be louder by s to the power of -3, and one that has none of any is out of scope, however
 loud.
+
+What is asked of the subject is another question. Some models have put it together where the prompt ends: there the last
+tokens of different edits have little in common, those of paraphrases much. Others end in a question mark like any
+other. So an edit also keeps what its prompt's last token activates, and a memory whose edits differ there takes prompts
+only that end like the edit which they name.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from wise_fast import tokens
 from wise_fast.data import Edit
+from wise_fast.scope import last_of
 
 WIDTH = 16  # tokens of a name that are kept
 SPELLINGS = 4  # of a subject, at most
 ANY = -1  # stands for a token that every prompt has
 _POWER = 3
+_ALIKE, _DIFFERENT = 0.65, 0.5  # cosines of endings: of a paraphrase at least; of different edits, the median at most
+_FEW = 4  # edits whose endings say nothing yet
 _PLACES = 1 << 18  # what a prompt has is a bitmap of so many, in which tokens and pairs of them share places by chance
 _PADDING, _NEVER = _PLACES, _PLACES + 1
 _FIRST, _SECOND = 0x9E3779B1, 0x85EBCA6B
@@ -62,22 +71,67 @@ def _behind(tokenizer, before: str, name: str) -> tuple[int, ...]:
     return whole[same:][-WIDTH:]
 
 
-def written(rows: Iterable[Sequence[int]], like: Tensor) -> Tensor:
-    """[V, WIDTH] int64 on the device of `like`: rows of tokens, padded with `ANY`."""
-    padded = [tuple(row) + (ANY,) * (WIDTH - len(row)) for row in rows]
-    return torch.tensor(padded, dtype=torch.int64, device=like.device).reshape(-1, WIDTH)
+@dataclass(frozen=True)
+class Names:
+    """What the edits of a memory are about.
+
+    Attributes:
+        tokens: [V, WIDTH] int64 tokens of subjects, padded with `ANY`.
+        about: [V] int64, the edit whose subject each is, a row of `endings`.
+        endings: [E, d_ff] fp32, what the last token of each edit's prompt activates.
+        limit: least cosine to its edit's ending that a prompt in scope has; -1 where endings tell nothing.
+    """
+
+    tokens: Tensor
+    about: Tensor
+    endings: Tensor
+    limit: float = -1.0
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[Sequence[int]]], endings: Tensor) -> Names:
+        """Of these edits: the rows of `spellings` of each, and their endings."""
+        flat = [(e, tuple(row) + (ANY,) * (WIDTH - len(row))) for e, some in enumerate(rows) for row in some]
+        tokens = torch.tensor([row for _, row in flat], dtype=torch.int64, device=endings.device)
+        about = torch.tensor([e for e, _ in flat], dtype=torch.int64, device=endings.device)
+        return cls(tokens.reshape(-1, WIDTH), about, _rounded(endings)).limited()
+
+    @classmethod
+    def open(cls, d_ff: int, device: torch.device | str) -> Names:
+        """Of one edit that names nothing."""
+        return cls.of([[(ANY,)]], torch.zeros(1, d_ff, device=device))
+
+    def join(self, *others: Names) -> Names:
+        """Of the edits of all of them, these first."""
+        every = (self, *others)
+        first = torch.tensor([0, *(len(names.endings) for names in every[:-1])]).cumsum(0).tolist()
+        about = torch.cat([names.about + start for names, start in zip(every, first, strict=True)])
+        joined = (torch.cat([getattr(names, name) for names in every]) for name in ("tokens", "endings"))
+        tokens, endings = joined
+        return Names(tokens, about, endings).limited()
+
+    def limited(self) -> Names:
+        """With the limit that the endings give."""
+        unit = torch.nn.functional.normalize(self.endings, dim=-1)
+        count = len(unit)
+        others = (unit @ unit.t())[~torch.eye(count, dtype=torch.bool, device=unit.device)]
+        tells = count >= _FEW and float(others.median()) <= _DIFFERENT
+        return replace(self, limit=_ALIKE if tells else -1.0)
+
+    def to(self, device: torch.device | str) -> Names:
+        return replace(self, **{name: getattr(self, name).to(device) for name in ("tokens", "about", "endings")})
+
+    def are_sound(self, d_ff: int) -> bool:
+        """Whether serving reads only what it should of them, in a projection of that many inputs."""
+        tokens, about, endings = self.tokens, self.about, self.endings
+        sound = tokens.ndim == 2 and tokens.shape[1] == WIDTH and about.shape == tokens.shape[:1] and endings.ndim == 2
+        sound = sound and tokens.dtype == about.dtype == torch.int64 and endings.shape[1] == d_ff
+        sound = sound and bool((tokens >= ANY).all() and (about >= 0).all() and (about < len(endings)).all())
+        return sound and bool(endings.isfinite().all()) and -1 <= self.limit <= 1
 
 
-def joined(names: Tensor | None, more: Tensor) -> Tensor:
-    """Rows of both, each once, in order."""
-    rows = dict.fromkeys(map(tuple, [] if names is None else names.tolist())) | dict.fromkeys(map(tuple, more.tolist()))
-    return torch.tensor(list(rows), dtype=torch.int64, device=more.device).reshape(-1, WIDTH)
-
-
-def are_names(names: Tensor) -> bool:
-    """Whether these are rows of `written`."""
-    sound = names.ndim == 2 and names.shape[1] == WIDTH and names.dtype == torch.int64
-    return sound and bool((names >= ANY).all())
+def _rounded(endings: Tensor) -> Tensor:
+    """As half precision holds them, of the largest magnitude 1: their direction is all that counts."""
+    return (endings.float() / endings.abs().amax(-1, keepdim=True).clamp_min(1e-12)).half().float()
 
 
 def places(names: Tensor) -> Tensor:
@@ -95,15 +149,30 @@ def _place(before: Tensor | int, token: Tensor) -> Tensor:
     return ((before + 2) * _FIRST + token * _SECOND) % _PLACES
 
 
-def named(thresholds: Tensor, ids: Tensor, mask: Tensor, names: Tensor, owners: Tensor) -> Tensor:
-    """Thresholds [B, J] of sequences that name a share of the memories' subjects. On the device, no sync.
+def named(
+    thresholds: Tensor,
+    ids: Tensor,
+    mask: Tensor,
+    a: Tensor,
+    names: Tensor,
+    about: Tensor,
+    endings: Tensor,
+    alike: Tensor,
+    owners: Tensor,
+) -> Tensor:
+    """Thresholds [B, J] of sequences that name a share of a subject, and end as its edit does. On the device, no sync.
 
     Args:
         thresholds: [J], or [B, J].
         ids, mask: [B, T], the sequences' tokens and which of them are prompt.
+        a: [B*T, d_ff] activations.
         names: [V, WIDTH] of `places`.
-        owners: [V] int64, the memory of each.
+        about: [V] int64, the edit of each.
+        endings: [E, d_ff] of the edits, and `alike` [E] the least cosines to them.
+        owners: [E] int64, the memory of each.
     """
+    if ids.shape[1] == 0:
+        return thresholds
     ids, batch = ids.to(names.device), ids.shape[0]
     alone, pairs = _place(ANY, ids), _place(ids[:, :-1], ids[:, 1:])
     there = torch.cat([alone, pairs], 1), torch.cat([mask, mask[:, 1:] & mask[:, :-1]], 1)
@@ -112,5 +181,9 @@ def named(thresholds: Tensor, ids: Tensor, mask: Tensor, names: Tensor, owners: 
     real = names >= 0
     found = (seen[:, names.clamp_min(0)] & real).sum(-1) + (~real).all(-1)
     share = found / real.sum(-1).clamp_min(1)
+    share = share.new_zeros(batch, len(owners)).scatter_reduce(1, about.expand(batch, -1), share, "amax")
+    last = a.unflatten(0, mask.shape)[torch.arange(batch, device=a.device), last_of(mask)].float()
+    cosine = torch.nn.functional.normalize(last, dim=-1) @ torch.nn.functional.normalize(endings.float(), dim=-1).t()
+    share = torch.where(cosine < alike, 0.0, share)
     most = share.new_zeros(batch, thresholds.shape[-1]).scatter_reduce(1, owners.expand(batch, -1), share, "amax")
     return torch.where(most > 0, thresholds / most**_POWER, torch.inf)

@@ -45,12 +45,14 @@ class Fit:
         values: the shard's new values.
         p: the shard's protection matrix with these edits absorbed, or None.
         keys: per edit, [n_e, K] activations of the bare prompt, for thresholds.
+        endings: [edits, d_ff] activations of the bare prompts' last tokens.
         steps, first, last, success: per edit; losses are mean token NLL, weighted as in the loss.
     """
 
     values: Tensor
     p: Tensor | None
     keys: list[Tensor]
+    endings: Tensor
     steps: list[int]
     first: list[float]
     last: list[float]
@@ -129,7 +131,7 @@ class Trainer:
             last, fine = self._verify()
             todo = [e for e in range(self.count) if not fine[e] and self.steps[e] < self.config.max_steps]
         keys = [self.rows.key(edit) for edit in range(self.count)]
-        return Fit(self.memory.values, self.p, keys, self.steps, first, last, fine)
+        return Fit(self.memory.values, self.p, keys, self.rows.endings(), self.steps, first, last, fine)
 
     def _train(self, edits: Sequence[int]) -> None:
         """Steps for these edits, a few at a time: what claims to hold is settled, and the next takes its place.
