@@ -87,6 +87,18 @@ def test_only_the_edit_that_is_named_says_how_a_prompt_ends():
     assert thresholds([6, 3], (5,), (6,), a=[[0.0, 1.0], [1.0, 0.0]], endings=ways, alike=0.65, mask=mask) == [0.5]
 
 
+def test_of_several_memories_the_one_that_knows_the_ending_keeps_its_threshold():
+    same, ways = [[0.0, 0.0], [2.0, 0.0]], [[1.0, 0.0], [0.6, 0.8]]
+    two = dict(owners=[0, 1], given=(0.5, 0.5), endings=ways)
+    assert thresholds([5, 3], (5,), (5,), a=same, **two) == pytest.approx([0.5, 0.5 * 400**0.5])
+    assert thresholds([5, 3], (5,), (6,), a=same, **two) == [0.5, INF]
+    assert thresholds([6, 3], (5,), (6,), a=same, **two) == [INF, 0.5]  # a closed one makes no other louder
+    first, second = thresholds([5, 3], (5,), (5,), a=[[0.0, 0.0], [1.0, 1.0]], **two)
+    assert second == 0.5 and first == pytest.approx(0.5 * ((1 - 0.5**0.5) / (1 - 0.98**0.5)) ** 0.5, rel=1e-4)
+    nothing = dict(owners=[0, 1], given=(0.5, 0.5), endings=[[1.0, 0.0], [0.0, 0.0]])
+    assert thresholds([5, 3], (5,), (5,), a=same, **nothing) == [0.5, 0.5]  # of loaded ones nobody knows
+
+
 def test_closed_memories_stay_closed_and_packs_have_thresholds_of_their_own():
     known = rows((5,), (5,))
     found = named(

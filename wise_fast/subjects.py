@@ -10,7 +10,8 @@ loud.
 What is asked of the subject is another question. Some models have put it together where the prompt ends: there the last
 tokens of different edits have little in common, those of paraphrases much. Others end in a question mark like any
 other. So an edit also keeps what its prompt's last token activates, and a memory whose edits differ there takes prompts
-only that end like the edit which they name.
+only that end like the edit which they name. On all models an edit's own prompt ends as it does, to the bit: of several
+memories those whose edits a prompt ends less like have to be louder.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ SPELLINGS = 4  # of a subject, at most
 ANY = -1  # stands for a token that every prompt has
 _POWER = 3
 _ALIKE, _DIFFERENT = 0.65, 0.3  # cosines of endings: of a paraphrase at least; of different edits, the median at most
+_SAME = 1e-3  # less than this from a cosine of 1 is the same ending
 _FEW = 4  # edits whose endings say nothing yet
 _PLACES = 1 << 18  # what a prompt has is a bitmap of so many, in which tokens and pairs of them share places by chance
 _PADDING, _NEVER = _PLACES, _PLACES + 1
@@ -162,6 +164,9 @@ def named(
 ) -> Tensor:
     """Thresholds [B, J] of sequences that name a share of a subject, and end as its edit does. On the device, no sync.
 
+    With s the share and c the cosine of endings, the largest each of the edits of a memory that are named, a threshold
+    is multiplied by `s^-3 sqrt((1 - c) / min_j (1 - c_j))`, the least over memories that are open to the sequence.
+
     Args:
         thresholds: [J], or [B, J].
         ids, mask: [B, T], the sequences' tokens and which of them are prompt.
@@ -185,5 +190,11 @@ def named(
     last = a.unflatten(0, mask.shape)[torch.arange(batch, device=a.device), last_of(mask)].float()
     cosine = torch.nn.functional.normalize(last, dim=-1) @ torch.nn.functional.normalize(endings.float(), dim=-1).t()
     share = torch.where(cosine < alike, 0.0, share)
-    most = share.new_zeros(batch, thresholds.shape[-1]).scatter_reduce(1, owners.expand(batch, -1), share, "amax")
-    return torch.where(most > 0, thresholds / most**_POWER, torch.inf)
+    owners, none = owners.expand(batch, -1), share.new_zeros(batch, thresholds.shape[-1])
+    most = none.scatter_reduce(1, owners, share, "amax")
+    thresholds = torch.where(most > 0, thresholds / most**_POWER, torch.inf)
+    nearest = torch.where((share > 0) & endings.any(-1), cosine, -1.0)
+    nearest = (none - 1.0).scatter_reduce(1, owners, nearest, "amax")
+    told = (nearest > -1.0) & thresholds.isfinite()
+    gap = (1.0 - nearest).clamp_min(_SAME).sqrt()
+    return torch.where(told, thresholds * gap / torch.where(told, gap, torch.inf).amin(1, keepdim=True), thresholds)
