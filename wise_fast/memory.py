@@ -17,7 +17,7 @@ from torch import Tensor
 import wise_kernels as kernels
 from wise_fast import scope
 from wise_fast.errors import ConfigError
-from wise_fast.subjects import Names, places
+from wise_fast.subjects import Names, places, together
 
 
 @dataclass(frozen=True)
@@ -206,8 +206,8 @@ class Bank:
             each = [m.names or Names.open(m.shape[1], m.values.device) for m in memories]
             counts = torch.tensor([len(names.endings) for names in each], device=memories[0].values.device)
             limits = torch.tensor([names.limit for names in each], device=counts.device)
-            whole = each[0].join(*each[1:])
-            named = dict(names=places(whole.tokens), about=whole.about, endings=whole.endings)
+            tokens, about, endings = together(each)
+            named = dict(names=places(tokens), about=about, endings=endings)
             named |= dict(alike=limits.repeat_interleave(counts))
             named |= dict(owners=torch.arange(len(each), device=counts.device).repeat_interleave(counts))
         values = torch.cat([m.values for m in memories]).to(dtype)

@@ -33,6 +33,7 @@ ANY = -1  # stands for a token that every prompt has
 _POWER = 3
 _ALIKE, _DIFFERENT = 0.65, 0.3  # cosines of endings: of a paraphrase at least; of different edits, the median at most
 _SAME = 1e-3  # less than this from a cosine of 1 is the same ending
+_SAMPLE = 128  # edits of a memory whose endings are compared
 _FEW = 4  # edits whose endings say nothing yet
 _PLACES = 1 << 18  # what a prompt has is a bitmap of so many, in which tokens and pairs of them share places by chance
 _PADDING, _NEVER = _PLACES, _PLACES + 1
@@ -103,17 +104,13 @@ class Names:
         return cls.of([[(ANY,)]], torch.zeros(1, d_ff, device=device))
 
     def join(self, *others: Names) -> Names:
-        """Of the edits of all of them, these first."""
-        every = (self, *others)
-        first = torch.tensor([0, *(len(names.endings) for names in every[:-1])]).cumsum(0).tolist()
-        about = torch.cat([names.about + start for names, start in zip(every, first, strict=True)])
-        joined = (torch.cat([getattr(names, name) for names in every]) for name in ("tokens", "endings"))
-        tokens, endings = joined
-        return Names(tokens, about, endings).limited()
+        """Of the edits of all of them, these first, as those of one memory."""
+        return Names(*together((self, *others))).limited()
 
     def limited(self) -> Names:
-        """With the limit that the endings give."""
-        unit = torch.nn.functional.normalize(self.endings, dim=-1)
+        """With the limit that the endings give, of at most `_SAMPLE` of them, evenly spread."""
+        every = -(-len(self.endings) // _SAMPLE)
+        unit = torch.nn.functional.normalize(self.endings[::every] if every else self.endings, dim=-1)
         count = len(unit)
         others = (unit @ unit.t())[~torch.eye(count, dtype=torch.bool, device=unit.device)]
         tells = count >= _FEW and float(others.median()) <= _DIFFERENT
@@ -129,6 +126,13 @@ class Names:
         sound = sound and tokens.dtype == about.dtype == torch.int64 and endings.shape[1] == d_ff
         sound = sound and bool((tokens >= ANY).all() and (about >= 0).all() and (about < len(endings)).all())
         return sound and bool(endings.isfinite().all()) and -1 <= self.limit <= 1
+
+
+def together(every: Sequence[Names]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, the edits that they are about, and endings, one behind the other."""
+    first = torch.tensor([0, *(len(names.endings) for names in every[:-1])]).cumsum(0).tolist()
+    about = torch.cat([names.about + start for names, start in zip(every, first, strict=True)])
+    return torch.cat([n.tokens for n in every]), about, torch.cat([n.endings for n in every])
 
 
 def _rounded(endings: Tensor) -> Tensor:
