@@ -24,6 +24,8 @@ VARIANTS = {
     "scores as the paper's, the norm alone": {"route_by": "score"},
     "no protection of earlier edits": {"protect": False},
     "unrelated text is not protected": {"protect_irrelevant": None},
+    "subjects are not asked for": {"by_subject": False},
+    "no limit of newness": {"last_ratio": None},
     "no neighbours": {"near": 0},
     "no shortened prompts": {"dropped": 0},
     "no prefixes": {"prefixes": 0},

@@ -165,10 +165,8 @@ class DualMemoryLinear(nn.Module):
             raise ConfigError(f"layout is {layout!r}, expected 'neuron' or 'element'")
         if layout == "element" and rank is not None:
             raise ConfigError(f"rank is {rank}, but memories in the element layout have no leverage; leave it None")
-        shape, size = (
-            (self.out_features, self.in_features),
-            capacity.Size(memories, rows, rank or 0, edits * SPELLINGS, edits),
-        )
+        size = capacity.Size(memories, rows, rank or 0, edits * SPELLINGS, edits)
+        shape = self.out_features, self.in_features
         room, held = capacity.blank(layout, shape, size, rank is not None, self._place), self.held
         if held is not None and not capacity.fits(room, held):
             given = "{} memories of {} values, factors of {} columns".format
