@@ -5,7 +5,7 @@ from __future__ import annotations
 from bench.cells import Line, Rows, Table, line
 
 RUN = "fe5aa5f"
-quality = Rows("quality.csv", "6bca561")
+quality = Rows("quality.csv", "54e06e1")
 before = Rows("quality.csv", RUN)  # of memories that the last token has no say in
 lifelong = Rows("lifelong.csv", "042169c")(method="wise_fast")
 editing = Rows("editing.csv", RUN)
@@ -15,7 +15,7 @@ serving = Rows("serving.csv", "fc7f934")(metric="ratio to unedited, by round")
 prefill = serving(command="*--rounds 101*", case="prefill 1 x 32")
 prefill_batch = Rows("serving.csv", "38f9401")(metric="ratio to unedited, by round", case="prefill 8 x 64")
 decode, decode_batch = (serving(case=f"decode 8 tokens after 16, batch {size}") for size in (1, 8))
-families = Rows("families.csv", "6bca561")(T=200)
+families = Rows("families.csv", "54e06e1")(T=200)
 ops = Rows("ops.csv", "00d4bee")
 dense = Rows("dense.csv", "c1d7d7a")
 distributed = Rows("distributed.csv")
