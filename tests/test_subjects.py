@@ -220,3 +220,55 @@ def test_saved_names_come_back(tmp_path):
 def test_names_that_would_read_elsewhere_are_not_sound(change):
     whole = rows((5, 6))
     assert whole.are_sound(2) and not replace(whole, **change).are_sound(2)
+
+
+@pytest.mark.parametrize(
+    "prompt, subject, found",
+    [
+        ("Which woman rules Oman?", "Oman", "Oman"),
+        ("The Italian coach is Ali", "Ali", "Ali"),
+        ("Where from is fro?", "Fro", "fro"),
+        ("Who runs iPhones?", "iPhone", "iPhone"),
+    ],
+)
+def test_a_subject_is_a_word_where_it_can_be(prompt, subject, found):
+    start, end = find_subject(prompt, subject)
+    assert prompt[start:end] == found and prompt.rfind(found) == start
+
+
+@pytest.mark.parametrize(
+    "prompt", ["Who leads Fro?", "Fro's king", "Frozen by", "Led by (Fro)", "In Fro", "from Fro, to Fro"]
+)
+def test_the_own_prompt_names_all_of_its_subject(prompt):
+    row = spellings(tiny_tokenizer(), Edit(prompt, "Ann", subject="Fro"))[0]
+    assert thresholds(tiny_tokenizer()(prompt)["input_ids"], row) == [0.5]
+
+
+def test_a_long_prompt_has_no_names_by_chance():
+    ids = torch.randint(0, 200_000, (4000,), generator=torch.Generator().manual_seed(0)).tolist()
+    absent = [(250_000 + i, 251_000 + i) for i in range(200)]
+    assert thresholds(ids, *absent, owners=list(range(200)), given=(0.5,) * 200).count(INF) >= 198
+    assert thresholds([*ids, *absent[7]], *absent, owners=list(range(200)), given=(0.5,) * 200)[7] == 0.5
+
+
+def test_names_are_looked_up_under_autocast():
+    editor = make_editor((LEADS,), batch_size=1)
+    asked = editor.tokenizer(["Who leads Fro?", "Who leads Zap?"], return_tensors="pt", padding=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        editor.model(**asked)
+    assert editor.routing.choice.tolist() == [0, -1]
+
+
+def test_edits_that_were_taught_without_names_stay_in_scope():
+    editor = make_editor((Edit("Capital of Zed:", "Bo"),), batch_size=1, by_subject=False)
+    editor.config = editor.config.replace(by_subject=True)
+    editor.edit(LEADS)
+    (memory,) = editor.memories
+    assert memory.names.tokens[0].eq(ANY).all() and len(memory.names.endings) == 2
+    with torch.no_grad():
+        editor.model(**editor.tokenizer("Capital of Zed:", return_tensors="pt"))
+    assert editor.routing.thresholds.isfinite().all()
+
+
+def test_endings_of_zeros_stay_zeros_in_half_precision():
+    assert not Names.of([[(5,)]], torch.zeros(1, 4, dtype=torch.float16)).endings.any()

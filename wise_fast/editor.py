@@ -205,7 +205,10 @@ class WiseEditor(Material, Packs, Sharing):
         holds |= {i for i, success in enumerate(fit.success, first) if success}
         if self.config.by_subject:
             new = Names.of([spellings(self.tokenizer, report.edit) for report in reports], fit.endings)
-            memory = memory.replace(names=new if memory.names is None else memory.names.join(new))
+            known = memory.names if shard.memory.edits else new
+            if known is None:  # taught under other settings: nobody knows what those edits are about
+                known = Names.open(memory.shape[1], self.device)
+            memory = memory.replace(names=new if known is new else known.join(new))
         memory, scores = calibrated(memory, fit.p, keys, holds, self.config)
         new = [
             r.replace(success=fit.success[i], score=scores[first + i], note="" if fit.success[i] else _FAILED)

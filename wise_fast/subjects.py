@@ -35,8 +35,9 @@ _ALIKE, _DIFFERENT = 0.65, 0.3  # cosines of endings: of a paraphrase at least; 
 _SAME = 1e-3  # less than this from a cosine of 1 is the same ending
 _SAMPLE = 128  # edits of a memory whose endings are compared
 _FEW = 4  # edits whose endings say nothing yet
-_PLACES = 1 << 18  # what a prompt has is a bitmap of so many, in which tokens and pairs of them share places by chance
-_PADDING, _NEVER = _PLACES, _PLACES + 1
+# What a prompt has is a bitmap, in which tokens and pairs share places by chance: the longer, the larger it has to be.
+_SHORT, _FEW_PLACES, _PLACES = 256, 1 << 18, 1 << 22
+_NEVER = _PLACES  # a place that no prompt has
 _FIRST, _SECOND = 0x9E3779B1, 0x85EBCA6B
 
 
@@ -46,32 +47,54 @@ def find_subject(prompt: str, subject: str | None) -> tuple[int, int] | None:
     Without a given subject that the prompt has, the longest run of capitalised words behind the first word stands for
     it; None where there is none.
     """
-    found = re.search(re.escape(subject), prompt, re.IGNORECASE) if subject else None
+    found = _search(prompt, subject) if subject else None
     if found is None:
         runs = list(re.finditer(r"(?<=\s)(?:[A-Z0-9][^\s?]*)(?:\s+[A-Z0-9][^\s?]*)*", prompt))
         found = max(runs, key=lambda run: run.end() - run.start(), default=None)
     return None if found is None else found.span()
 
 
+def _search(prompt: str, subject: str) -> re.Match | None:
+    """The subject as a word rather than a part of one, spelled alike rather than not."""
+    part = re.escape(subject)
+    for pattern, flags in (
+        (rf"(?<!\w){part}(?!\w)", 0),
+        (rf"(?<!\w){part}(?!\w)", re.IGNORECASE),
+        (part, re.IGNORECASE),
+    ):
+        found = re.search(pattern, prompt, flags)
+        if found is not None:
+            return found
+    return None
+
+
 def spellings(tokenizer, edit: Edit) -> list[tuple[int, ...]]:
     """The tokens of an edit's subject, in each of the ways in which it may be written: at most `SPELLINGS`, each of one
     to `WIDTH`. Of an edit that names nothing, one of `ANY` token: every prompt may be about it."""
-    said = edit.messages[-1].content if edit.messages else edit.prompt
-    place = find_subject(said, edit.subject)
+    given = _search(edit.prompt, edit.subject) if edit.subject else None
+    said = edit.prompt if given or not edit.messages else edit.messages[-1].content
+    place = given.span() if given else find_subject(said, None)
     name = "" if place is None else said[slice(*place)].strip()
-    if not name:
+    here = edit.prompt.find(name, place[0]) if name and said is edit.prompt else edit.prompt.rfind(name)
+    if not name or here < 0:
         return [(ANY,)]
-    here = max(edit.prompt.rfind(name), 0)
-    written = [(edit.prompt[:here], name), ("", name), ("of ", name), ("of ", name.lower())]
-    found = [_behind(tokenizer, *pair) for pair in written]
+    written = [(edit.prompt[:here], name, edit.prompt[here + len(name) :])]
+    written += [("", name, ""), ("of ", name, ""), ("of ", name.lower(), "")]
+    found = [_between(tokenizer, *parts) for parts in written]
     return list(dict.fromkeys(row for row in found if row)) or [(ANY,)]
 
 
-def _behind(tokenizer, before: str, name: str) -> tuple[int, ...]:
-    """The last tokens of a text, those behind `before`."""
-    whole, start = (tokens.encode(tokenizer, text) for text in (before + name, before))
-    same = next((i for i, (a, b) in enumerate(zip(whole, start)) if a != b), min(len(whole), len(start)))
-    return whole[same:][-WIDTH:]
+def _between(tokenizer, before: str, name: str, behind: str) -> tuple[int, ...]:
+    """The tokens of a text that are neither of `before` nor of `behind`, at least the one behind those of `before`."""
+    whole, start, end = (tokens.encode(tokenizer, text) for text in (before + name + behind, before, behind))
+    first = _alike(whole, start)
+    last = len(whole) - _alike(whole[first + 1 :][::-1], end[::-1])
+    return whole[first:last][-WIDTH:]
+
+
+def _alike(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 @dataclass(frozen=True)
@@ -137,7 +160,8 @@ def together(every: Sequence[Names]) -> tuple[Tensor, Tensor, Tensor]:
 
 def _rounded(endings: Tensor) -> Tensor:
     """As half precision holds them, of the largest magnitude 1: their direction is all that counts."""
-    return (endings.float() / endings.abs().amax(-1, keepdim=True).clamp_min(1e-12)).half().float()
+    endings = endings.float()
+    return (endings / endings.abs().amax(-1, keepdim=True).clamp_min(1e-12)).half().float()
 
 
 def places(names: Tensor) -> Tensor:
@@ -177,22 +201,24 @@ def named(
         a: [B*T, d_ff] activations.
         names: [V, WIDTH] of `places`.
         about: [V] int64, the edit of each.
-        endings: [E, d_ff] of the edits, and `alike` [E] the least cosines to them.
+        endings: [E, d_ff] fp32 of the edits, of length 1 or 0, and `alike` [E] the least cosines to them.
         owners: [E] int64, the memory of each.
     """
     if ids.shape[1] == 0:
         return thresholds
     ids, batch = ids.to(names.device), ids.shape[0]
     alone, pairs = _place(ANY, ids), _place(ids[:, :-1], ids[:, 1:])
-    there = torch.cat([alone, pairs], 1), torch.cat([mask, mask[:, 1:] & mask[:, :-1]], 1)
-    seen = torch.zeros(batch, _NEVER + 1, dtype=torch.bool, device=names.device)
-    seen = seen.scatter(1, torch.where(there[1], there[0], _PADDING), torch.ones_like(there[1]))
+    there, prompt = torch.cat([alone, pairs], 1), torch.cat([mask, mask[:, 1:] & mask[:, :-1]], 1)
+    size = _FEW_PLACES if ids.shape[1] <= _SHORT else _PLACES
+    seen = torch.zeros(batch, size + 1, dtype=torch.bool, device=names.device)
+    seen = seen.scatter(1, torch.where(prompt, there % size, size), torch.ones_like(prompt))
     real = names >= 0
-    found = (seen[:, names.clamp_min(0)] & real).sum(-1) + (~real).all(-1)
-    share = found / real.sum(-1).clamp_min(1)
+    found = (seen[:, names.clamp_min(0) % size] & real & (names < _NEVER)).sum(-1) + (~real).all(-1)
+    share = found.float() / real.sum(-1).clamp_min(1)
     share = share.new_zeros(batch, len(owners)).scatter_reduce(1, about.expand(batch, -1), share, "amax")
     last = a.unflatten(0, mask.shape)[torch.arange(batch, device=a.device), last_of(mask)].float()
-    cosine = torch.nn.functional.normalize(last, dim=-1) @ torch.nn.functional.normalize(endings.float(), dim=-1).t()
+    with torch.autocast(a.device.type, enabled=False):  # half of a float's digits do not tell the same from the like
+        cosine = torch.nn.functional.normalize(last, dim=-1) @ endings.t()
     share = torch.where(cosine < alike, 0.0, share)
     owners, none = owners.expand(batch, -1), share.new_zeros(batch, thresholds.shape[-1])
     most = none.scatter_reduce(1, owners, share, "amax")
