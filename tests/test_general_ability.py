@@ -20,7 +20,7 @@ class TestGeneralAbility:
         assert found["perplexity_before"] == pytest.approx((0.25 * 0.5 * 0.5) ** (-1 / 3))
 
     def test_against_plain_forwards_and_damage_shows(self):
-        editor = make_editor(FACTS, last_ratio=None)
+        editor = make_editor(FACTS, last_ratio=None, by_subject=False)
         texts = ["A plain text.", "Who leads Fro? Nobody knows it.", "x"]
 
         def plainly():

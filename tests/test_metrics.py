@@ -142,7 +142,7 @@ class TestOnAModel:
     def test_locality_is_exactly_one_when_nothing_is_in_scope(self):
         editor = taught()
         assert [s.locality for s in evaluate(editor, RICH, generate=False).scores] == [1.0, None, 1.0]
-        editor = make_editor(FACTS, last_ratio=None)
+        editor = make_editor(FACTS, last_ratio=None, by_subject=False)
         editor.projection.thresholds.fill_(0.0)  # everything is in scope now
         assert evaluate(editor, RICH, generate=False).summary()["locality"] < 1.0
 
