@@ -202,7 +202,7 @@ def test_saved_names_come_back(tmp_path):
     before, model = editor.memories[0].names, editor.unload()
     after = WiseEditor.from_pretrained(model, editor.tokenizer, tmp_path / "pack").memories[0].names
     assert all(torch.equal(getattr(after, name), getattr(before, name)) for name in ("tokens", "about", "endings"))
-    assert after.limit == before.limit and after.are_sound(editor.architecture.d_ff)
+    assert after.limit == before.limit and after.are_sound(1, editor.architecture.d_ff)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_saved_names_come_back(tmp_path):
 )
 def test_names_that_would_read_elsewhere_are_not_sound(change):
     whole = rows((5, 6))
-    assert whole.are_sound(2) and not replace(whole, **change).are_sound(2)
+    assert whole.are_sound(1, 2) and not replace(whole, **change).are_sound(1, 2) and not whole.are_sound(2, 2)
 
 
 @pytest.mark.parametrize(
@@ -272,3 +272,31 @@ def test_edits_that_were_taught_without_names_stay_in_scope():
 
 def test_endings_of_zeros_stay_zeros_in_half_precision():
     assert not Names.of([[(5,)]], torch.zeros(1, 4, dtype=torch.float16)).endings.any()
+
+
+def test_edits_taught_without_asking_leave_a_memory_with_names_open_to_them():
+    editor = make_editor((LEADS,), batch_size=1)
+    editor.config = editor.config.replace(by_subject=False)
+    editor.edit(Edit("Capital of Zed:", "Bo"))
+    names = editor.memories[0].names
+    assert names.tokens[-1].eq(ANY).all() and names.about[-1] == 1 and not names.endings[1].any()
+
+
+def test_a_superseded_edit_names_nothing_any_more():
+    editor = make_editor((LEADS, Edit("Capital of Zed:", "Bo", subject="Zed")), batch_size=1)
+    editor.edit(Edit("Who leads Fro?", "Bea", subject="leads"))
+    names, fresh = editor.memories[0].names, spellings(editor.tokenizer, Edit("Who leads Fro?", "Bea", subject="leads"))
+    assert set(names.about.tolist()) == {1, 2} and len(names.endings) == 3 and not names.endings[0].any()
+    assert (names.about == 2).sum() == len(fresh)
+
+
+def test_no_limit_where_all_endings_are_unknown():
+    assert Names.open(5, 4, "cpu").limit == -1
+
+
+def test_an_edit_that_is_superseded_in_a_later_memory_names_nothing_in_the_earlier():
+    edits = (LEADS, Edit("Capital of Zed:", "Bo", subject="Zed"))
+    editor = make_editor(edits, batch_size=2, shard_size=2)
+    editor.edit(Edit("Who leads Fro?", "Bea", subject="Fro"))
+    first, second = editor.memories
+    assert set(first.names.about.tolist()) == {1} and set(second.names.about.tolist()) == {0}

@@ -26,7 +26,7 @@ from wise_fast.packs import Packs
 from wise_fast.routing import Generation, Routing
 from wise_fast.sharing import Sharing
 from wise_fast.state import EditorState, EditReport, Shard
-from wise_fast.subjects import Names, spellings
+from wise_fast.subjects import extended
 from wise_fast.tail import Tail
 from wise_fast.turns import change, in_turn
 
@@ -203,12 +203,8 @@ class WiseEditor(Material, Packs, Sharing):
         )
         holds = {i for i, report in enumerate(old) if report.success}
         holds |= {i for i, success in enumerate(fit.success, first) if success}
-        if self.config.by_subject:
-            new = Names.of([spellings(self.tokenizer, report.edit) for report in reports], fit.endings)
-            known = memory.names if shard.memory.edits else new
-            if known is None:  # taught under other settings: nobody knows what those edits are about
-                known = Names.open(memory.shape[1], self.device)
-            memory = memory.replace(names=new if known is new else known.join(new))
+        new = self._names([report.edit for report in reports], fit.endings)
+        memory = memory.replace(names=extended(shard.memory.names, shard.memory.edits, stale, new, fit.endings))
         memory, scores = calibrated(memory, fit.p, keys, holds, self.config)
         new = [
             r.replace(success=fit.success[i], score=scores[first + i], note="" if fit.success[i] else _FAILED)
@@ -220,7 +216,7 @@ class WiseEditor(Material, Packs, Sharing):
         merged, closed = (tuple(m for m in part if set(m.edits) - gone) for part in (state.merged, state.closed))
         for i in stale:
             a = self._prompt_activations(made[i].edit.prompt)
-            merged, closed = (tuple(m.forget(a) if i in m.edits else m for m in part) for part in (merged, closed))
+            merged, closed = (tuple(m.forget(i, a) if i in m.edits else m for m in part) for part in (merged, closed))
         return state.replace(
             merged=merged,
             closed=closed,

@@ -19,6 +19,7 @@ from wise_fast.data import Edit
 from wise_fast.errors import EditDataError
 from wise_fast.routing import Routing
 from wise_fast.rows import buckets
+from wise_fast.subjects import Names, spellings
 from wise_fast.tail import Capture, Tail
 from wise_fast.texts import Texts
 
@@ -117,6 +118,12 @@ class Material:
     def _neighbours(self, edit: Edit) -> list[str]:
         generator = torch.Generator().manual_seed(seed_of(self.config.seed, "near", edit.prompt))
         return reworded(edit, lambda text: swap_subject(text, edit.subject, self.config.near, generator))
+
+    def _names(self, edits: Sequence[Edit], endings: Tensor) -> Names | None:
+        """What these edits are about, [E, d_ff] endings of their prompts; None where scope does not ask."""
+        if not self.config.by_subject:
+            return None
+        return Names.of([spellings(self.tokenizer, edit) for edit in edits], endings)
 
     def _texts(self, limits: dict[str, float]) -> Texts:
         most = min(_QUIET_MOST, self.architecture.context or _QUIET_MOST)

@@ -102,19 +102,22 @@ class SideMemory:
         side, _ = kernels.side_forward_element(selected, values, self.index[None], bounds)
         return side[0]
 
-    def forget(self, a: Tensor) -> SideMemory:
-        """The memory without its response to a prompt's activations [n, d_ff]: `D <- D - P A^T (A P A^T)^-1 A D`, which
-        moves other responses as little as the leverage factor knows them. The element layout keeps it.
+    def forget(self, edit: int, a: Tensor) -> SideMemory:
+        """The memory without the name of one of its edits, and without its response to the prompt's activations
+        [n, d_ff]: `D <- D - P A^T (A P A^T)^-1 A D`, which moves other responses as little as the leverage factor knows
+        them. The element layout keeps it.
         """
+        names = None if self.names is None else self.names.without([self.edits.index(edit)])
         if self.layout == "element":
-            return self
+            return self.replace(names=names)
         selected = self.select(a)
         reached = selected if self.factor is None else selected @ self.factor
         gram = (reached @ reached.t()).double()
         gram.diagonal().add_(1e-4 * gram.diagonal().mean())  # more tokens than columns of the factor, or equal ones
         share = torch.linalg.solve(gram, self.respond(selected).double()).float()
         moved = reached.t() @ share
-        return self.replace(values=storable(self.values - (moved if self.factor is None else self.factor @ moved)))
+        moved = moved if self.factor is None else self.factor @ moved
+        return self.replace(names=names, values=storable(self.values - moved))
 
     def dense(self) -> Tensor:
         """`D` as [d_out, d_ff], for export and tests."""
@@ -203,7 +206,7 @@ class Bank:
         last = [float("inf") if m.factor is None else m.last_limit for m in memories]
         named = {}
         if any(m.names is not None for m in memories):
-            each = [m.names or Names.open(m.shape[1], m.values.device) for m in memories]
+            each = [m.names or Names.open(1, m.shape[1], m.values.device) for m in memories]
             counts = torch.tensor([len(names.endings) for names in each], device=memories[0].values.device)
             limits = torch.tensor([names.limit for names in each], device=counts.device)
             tokens, about, endings = together(each)

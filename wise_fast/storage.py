@@ -283,7 +283,7 @@ def _require_sound(memory: SideMemory, shape: tuple[int, int], reports: int) -> 
     if memory.factor is not None:
         sound = sound and memory.factor.ndim == 2 and len(memory.factor) == len(index)
         sound = sound and bool(memory.factor.isfinite().all())
-    sound = sound and (memory.names is None or memory.names.are_sound(d_ff))
+    sound = sound and (memory.names is None or memory.names.are_sound(len(memory.edits), d_ff))
     edits = all(isinstance(edit, int) and 0 <= edit < reports for edit in memory.edits)
     limits = min(memory.threshold, memory.z_threshold, memory.last_limit) >= 0
     if not (sound and edits and limits and bool(values.isfinite().all())):

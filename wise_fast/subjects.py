@@ -17,7 +17,7 @@ memories those whose edits a prompt ends less like have to be louder.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,7 +34,7 @@ _POWER = 3
 _ALIKE, _DIFFERENT = 0.65, 0.3  # cosines of endings: of a paraphrase at least; of different edits, the median at most
 _SAME = 1e-3  # less than this from a cosine of 1 is the same ending
 _SAMPLE = 128  # edits of a memory whose endings are compared
-_FEW = 4  # edits whose endings say nothing yet
+_FEW = 4  # fewer endings than these say nothing yet
 # What a prompt has is a bitmap, in which tokens and pairs share places by chance: the longer, the larger it has to be.
 _SHORT, _FEW_PLACES, _PLACES = 256, 1 << 18, 1 << 22
 _NEVER = _PLACES  # a place that no prompt has
@@ -122,9 +122,17 @@ class Names:
         return cls(tokens.reshape(-1, WIDTH), about, _rounded(endings)).limited()
 
     @classmethod
-    def open(cls, d_ff: int, device: torch.device | str) -> Names:
-        """Of one edit that names nothing."""
-        return cls.of([[(ANY,)]], torch.zeros(1, d_ff, device=device))
+    def open(cls, edits: int, d_ff: int, device: torch.device | str) -> Names:
+        """Of edits of which nobody knows what they are about."""
+        return cls.of([[(ANY,)]] * edits, torch.zeros(edits, d_ff, device=device))
+
+    def without(self, rows: Collection[int]) -> Names:
+        """With no name and no ending of these edits, rows of `endings`; the others keep their places."""
+        gone = torch.zeros(len(self.endings), dtype=torch.bool, device=self.about.device)
+        gone[list(rows)] = True
+        kept = ~gone[self.about]
+        endings = torch.where(gone[:, None], 0.0, self.endings)
+        return Names(self.tokens[kept], self.about[kept], endings).limited()
 
     def join(self, *others: Names) -> Names:
         """Of the edits of all of them, these first, as those of one memory."""
@@ -132,8 +140,8 @@ class Names:
 
     def limited(self) -> Names:
         """With the limit that the endings give, of at most `_SAMPLE` of them, evenly spread."""
-        every = -(-len(self.endings) // _SAMPLE)
-        unit = torch.nn.functional.normalize(self.endings[::every] if every else self.endings, dim=-1)
+        told = self.endings[self.endings.any(-1)]
+        unit = torch.nn.functional.normalize(told[:: max(1, -(-len(told) // _SAMPLE))], dim=-1)
         count = len(unit)
         others = (unit @ unit.t())[~torch.eye(count, dtype=torch.bool, device=unit.device)]
         tells = count >= _FEW and float(others.median()) <= _DIFFERENT
@@ -142,13 +150,32 @@ class Names:
     def to(self, device: torch.device | str) -> Names:
         return replace(self, **{name: getattr(self, name).to(device) for name in ("tokens", "about", "endings")})
 
-    def are_sound(self, d_ff: int) -> bool:
-        """Whether serving reads only what it should of them, in a projection of that many inputs."""
+    def are_sound(self, edits: int, d_ff: int) -> bool:
+        """Whether they are of so many edits, and serving reads only what it should, in a projection of `d_ff` inputs."""
         tokens, about, endings = self.tokens, self.about, self.endings
-        sound = tokens.ndim == 2 and tokens.shape[1] == WIDTH and about.shape == tokens.shape[:1] and endings.ndim == 2
-        sound = sound and tokens.dtype == about.dtype == torch.int64 and endings.shape[1] == d_ff
+        sound = tokens.ndim == 2 and tokens.shape[1] == WIDTH and about.shape == tokens.shape[:1]
+        sound = sound and tokens.dtype == about.dtype == torch.int64 and endings.shape == (edits, d_ff)
         sound = sound and bool((tokens >= ANY).all() and (about >= 0).all() and (about < len(endings)).all())
         return sound and bool(endings.isfinite().all()) and -1 <= self.limit <= 1
+
+
+def extended(
+    known: Names | None, edits: Sequence[int], stale: Collection[int], new: Names | None, endings: Tensor
+) -> Names | None:
+    """Names of a memory that learns more.
+
+    Args:
+        known: its names, one row of endings for each of its `edits`; of those in `stale` no name is kept.
+        new: of what it learns; None where scope does not ask.
+        endings: [E, d_ff] of what it learns.
+    """
+    if known is None and (new is None or not edits):
+        return new
+    if known is None or new is None:  # taught under other settings: nobody knows what some are about
+        known = Names.open(len(edits), endings.shape[1], endings.device) if known is None else known
+        new = Names.open(*endings.shape, endings.device) if new is None else new
+    rows = [row for row, edit in enumerate(edits) if edit in stale]
+    return (known.without(rows) if rows else known).join(new)
 
 
 def together(every: Sequence[Names]) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,6 +206,18 @@ def _place(before: Tensor | int, token: Tensor) -> Tensor:
     return ((before + 2) * _FIRST + token * _SECOND) % _PLACES
 
 
+def _shares(ids: Tensor, mask: Tensor, names: Tensor) -> Tensor:
+    """[B, V] fp32, the share of each name that each sequence has among its prompt tokens."""
+    there = torch.cat([_place(ANY, ids), _place(ids[:, :-1], ids[:, 1:])], 1)
+    prompt = torch.cat([mask, mask[:, 1:] & mask[:, :-1]], 1)
+    size = _FEW_PLACES if ids.shape[1] <= _SHORT else _PLACES
+    seen = torch.zeros(ids.shape[0], size + 1, dtype=torch.bool, device=names.device)
+    seen = seen.scatter(1, torch.where(prompt, there % size, size), torch.ones_like(prompt))
+    real = names >= 0
+    found = (seen[:, names.clamp_min(0) % size] & real & (names < _NEVER)).sum(-1) + (~real).all(-1)
+    return found.float() / real.sum(-1).clamp_min(1)
+
+
 def named(
     thresholds: Tensor,
     ids: Tensor,
@@ -206,15 +245,7 @@ def named(
     """
     if ids.shape[1] == 0:
         return thresholds
-    ids, batch = ids.to(names.device), ids.shape[0]
-    alone, pairs = _place(ANY, ids), _place(ids[:, :-1], ids[:, 1:])
-    there, prompt = torch.cat([alone, pairs], 1), torch.cat([mask, mask[:, 1:] & mask[:, :-1]], 1)
-    size = _FEW_PLACES if ids.shape[1] <= _SHORT else _PLACES
-    seen = torch.zeros(batch, size + 1, dtype=torch.bool, device=names.device)
-    seen = seen.scatter(1, torch.where(prompt, there % size, size), torch.ones_like(prompt))
-    real = names >= 0
-    found = (seen[:, names.clamp_min(0) % size] & real & (names < _NEVER)).sum(-1) + (~real).all(-1)
-    share = found.float() / real.sum(-1).clamp_min(1)
+    batch, share = ids.shape[0], _shares(ids.to(names.device), mask, names)
     share = share.new_zeros(batch, len(owners)).scatter_reduce(1, about.expand(batch, -1), share, "amax")
     last = a.unflatten(0, mask.shape)[torch.arange(batch, device=a.device), last_of(mask)].float()
     with torch.autocast(a.device.type, enabled=False):  # half of a float's digits do not tell the same from the like
