@@ -151,7 +151,7 @@ class Names:
         return replace(self, **{name: getattr(self, name).to(device) for name in ("tokens", "about", "endings")})
 
     def are_sound(self, edits: int, d_ff: int) -> bool:
-        """Whether they are of so many edits, and serving reads only what it should, in a projection of `d_ff` inputs."""
+        """Whether they are of so many edits, and serving reads what it should, in a projection of `d_ff` inputs."""
         tokens, about, endings = self.tokens, self.about, self.endings
         sound = tokens.ndim == 2 and tokens.shape[1] == WIDTH and about.shape == tokens.shape[:1]
         sound = sound and tokens.dtype == about.dtype == torch.int64 and endings.shape == (edits, d_ff)
