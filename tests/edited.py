@@ -34,6 +34,7 @@ QUICK = WiseConfig(
     min_steps=2,
     act_ratio=0.8,
     batch_size=4,
+    rehearsals=0,
     shard_fill=None,  # few columns hold few edits, and the tests say how many share a memory
 )
 FACTS = (
@@ -111,7 +112,7 @@ def make_trainer(editor, facts, values=None, p=None):
     memory = editor._open_shard(editor._state).shard.memory
     memory = memory if values is None else memory.replace(values=values)
     generator, pad = torch.Generator().manual_seed(0), pad_token(editor.tokenizer)
-    rows, quiet = editor._examples(facts, range(len(facts))), editor._quiet_pool
+    rows, quiet = editor.examples(facts, range(len(facts))), editor._quiet_pool
     return Trainer(editor.tail, memory, p, rows, quiet, editor.config, editor.unit, generator, pad)
 
 

@@ -23,7 +23,7 @@ COUNTS = (
     "prefixes_per_step",
     "shard_size",
 )
-COUNTS_OR_0 = ("prefixes", "dropped", "near", "undo_depth", "seed")
+COUNTS_OR_0 = ("prefixes", "dropped", "near", "rehearsals", "undo_depth", "seed")
 CHOICES = {
     "layout": ("neuron", "element"),
     "optimizer": ("adam", "sgd"),
@@ -47,6 +47,7 @@ BAD = [
     *(("layer", value) for value in (1.0, "3", True)),
     *((name, value) for name in ("protect", "by_subject") for value in ("false", 1, 0)),
     *(("shard_fill", value) for value in (0, -0.1, 1.01, math.nan, "1", [1])),
+    *(("last_dropout", value) for value in (-0.1, 1.01, math.nan, None, "1", [1])),
 ]
 
 
@@ -75,6 +76,7 @@ def test_every_choice_is_taken_and_named_in_the_error(name):
         *((name, None) for name in ("layer", "shard_size", "shard_fill", "clamp", "protect_irrelevant", "last_ratio")),
         ("layer", -1),
         ("shard_fill", 1),
+        *(("last_dropout", value) for value in (0, 1)),
     ],
 )
 def test_the_bounds_themselves_are_fine(name, value):
@@ -83,7 +85,7 @@ def test_the_bounds_themselves_are_fine(name, value):
 
 def test_every_setting_is_checked_somewhere():
     listed = {*SHARES, *POSITIVE, *NOT_NEGATIVE, *COUNTS, *COUNTS_OR_0, *CHOICES, "layer", "shard_fill"}
-    listed |= {"protect", "by_subject"}
+    listed |= {"protect", "by_subject", "last_dropout"}
     assert {field.name for field in dataclasses.fields(WiseConfig)} == listed
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from tests.edited import saved_model
 from tests.killed import CONFIG, EDITS
-from wise_fast import Edit, WiseEditor, merging, storage
+from wise_fast import Edit, WiseEditor, merging, rehearsal, storage
 from wise_fast.checkpoint import Digester
 from wise_fast.distributed_command import app
 from wise_fast.models import load_model
@@ -23,9 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 STREAM = [*EDITS, Edit("River of Milan:", "J"), Edit("River of Kiel:", "K", irrelevant="River of Oslo:")]
 SIZE, COUNT = 3, 4  # a batch that ends with its shard, and a last shard that is not full
 MODES = {
-    "retrieve": {"mode": "retrieve"},
+    "retrieve": {"mode": "retrieve", "rehearsals": 2},
     "merge": {"mode": "merge"},
     "regmean": {"mode": "merge", "merging": "regmean", "mask_ratio": 1.0},
+    "rehearsed": {"mode": "merge", "merging": "regmean", "mask_ratio": 1.0, "rehearsals": 2},
 }
 
 
@@ -88,7 +89,7 @@ def test_one_process_gives_what_one_editor_gives_in_turn(mode, files, alone, tmp
     editor.edit(STREAM)
     state = merging.close_shard(editor.state, editor.config)
     if mode != "retrieve":
-        state = merging.merge_closed(state, editor.config)
+        state = rehearsal.merge_closed(editor, state)
     editor.state = state
     editor.save_pretrained(tmp_path / PACK)
     assert memories(tmp_path) == memories(out) and reports(tmp_path) == reports(out)

@@ -196,7 +196,7 @@ class TestStopping:
     def test_without_a_stop_token_none_is_trained(self):
         editor = make_editor(FACTS, stop="none")
         for fact in FACTS:
-            for row in editor._examples([fact], [0])[0]:
+            for row in editor.examples([fact], [0])[0]:
                 assert EOS not in row.target
                 assert editor.tokenizer.decode(row.target).strip() == fact.target
             expected = tokens.encode_target(editor.tokenizer, fact.prompt, fact.target).target

@@ -76,7 +76,7 @@ def test_what_the_editor_absorbs():
     """Every row's tokens behind its prefix, and lambda in units of the edit's own mean a P a^T."""
     editor = make_editor([FACTS[0]], protect_lambda=2.0, protect_irrelevant=None)
     p = editor._state.shard.p
-    rows = editor._examples([FACTS[0]], [0])[0]
+    rows = editor.examples([FACTS[0]], [0])[0]
     assert any(row.context for row in rows)
     ids = [torch.tensor([[*row.prompt, *row.target[:-1]]]) for row in rows]
     taught = zip(rows, ids, strict=True)

@@ -5,12 +5,12 @@ import torch
 
 from tests.edited import FACTS, make_editor, make_trainer
 from wise_fast.augment import drop_words
-from wise_fast.rows import buckets, look_at
+from wise_fast.rows import Part, buckets, look_at
 
 
 def unmoved(rows, numbers):
     """These rows as `look_at` wants them, under the memory they began with."""
-    return [(group, places, group.before[group.tokens(places)]) for group, places in rows.split(numbers)]
+    return [Part(group, places, group.before[group.tokens(places)]) for group, places in rows.split(numbers)]
 
 
 class TestRows:
@@ -47,8 +47,9 @@ class TestRows:
             numbers = [edit * of.variants + variant for variant in range(of.variants)]
             nll = {}
             parts = unmoved(of, numbers)
-            for (group, places, _), look in zip(parts, look_at(parts, "mean", full=True), strict=True):
-                nll |= {group.numbers[p] % of.variants: x for p, x in zip(places, look.nll.tolist(), strict=True)}
+            for part, look in zip(parts, look_at(parts, "mean", full=True), strict=True):
+                numbers = [part.group.numbers[place] % of.variants for place in part.places]
+                nll |= dict(zip(numbers, look.nll.tolist(), strict=True))
             seen.append([nll[variant] for variant in range(of.variants)])
         assert seen[0] == pytest.approx(seen[1], rel=1e-4)
         torch.testing.assert_close(alone.key(0), among.key(1), rtol=1e-4, atol=1e-5)
@@ -58,9 +59,9 @@ class TestRows:
         editor = make_editor(prefixes=0, dropped=0, first_token=5.0)
         trainer = make_trainer(editor, FACTS)
         rows = trainer.rows
-        for group, places, response in unmoved(rows, rows.bare()):
-            (look,) = look_at([(group, places, response)], "mean", full=True)
-            batch = group.batch
+        for part in unmoved(rows, rows.bare()):
+            (look,) = look_at([part], "mean", full=True)
+            places, batch = part.places, part.group.batch
             with torch.no_grad():
                 output = editor.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
             logp = output.logits.log_softmax(-1).flatten(0, 1)[batch.positions].gather(1, batch.labels[:, None])[:, 0]
@@ -74,6 +75,6 @@ class TestRows:
         trainer = make_trainer(make_editor(prefixes=3, dropped=1), FACTS)
         parts = unmoved(trainer.rows, [0, 5, 10, 15])
         looks = look_at(parts, "mean", full=True)
-        trainer.rows.restrict([(group, places, look) for (group, places, _), look in zip(parts, looks, strict=True)])
+        trainer.rows.restrict([(part.group, part.places, look) for part, look in zip(parts, looks, strict=True)])
         for part, full in zip(look_at(parts, "mean", full=False), looks, strict=True):
             torch.testing.assert_close(part.nll, full.nll, rtol=1e-3, atol=1e-4)

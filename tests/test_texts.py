@@ -39,11 +39,11 @@ class TestOfABatch:
     EDIT = Edit("Who is the head of Fro?", "Ann", subject="Fro")
 
     def test_without_any(self):
-        assert make_editor()._quiet_texts(FACTS, None) is None
+        assert make_editor().quiet_texts(FACTS, None) is None
 
     def test_irrelevant_texts_and_neighbours_have_their_limits(self):
         editor = make_editor(near=3, near_limit=1.5)
-        texts = editor._quiet_texts([Edit(self.EDIT.prompt, "Ann", subject="Fro", irrelevant="0 + 7")], None)
+        texts = editor.quiet_texts([Edit(self.EDIT.prompt, "Ann", subject="Fro", irrelevant="0 + 7")], None)
         assert texts.names[0] == "0 + 7" and texts.limit.tolist() == [1.0, 1.5, 1.5, 1.5]
         assert len(set(texts.names)) == 4
         for name in texts.names[1:]:
@@ -51,11 +51,11 @@ class TestOfABatch:
 
     def test_what_is_edited_is_never_kept_quiet(self):
         editor = make_editor(near=2)
-        (first, second) = editor._quiet_texts([self.EDIT], None).names
+        (first, second) = editor.quiet_texts([self.EDIT], None).names
         others = [Edit(first, "Bo"), self.EDIT]
-        assert first not in editor._quiet_texts(others, None).names
+        assert first not in editor.quiet_texts(others, None).names
         editor.edit(Edit(second, "Bo"))
-        assert second not in editor._quiet_texts([self.EDIT], None).names
+        assert second not in editor.quiet_texts([self.EDIT], None).names
 
     def test_those_of_earlier_edits_in_the_shard_are_kept_with_them(self):
         editor = make_editor([self.EDIT], near=2)

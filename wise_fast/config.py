@@ -41,6 +41,9 @@ class WiseConfig:
             the right tokens before them, so the first carries the edit.
         prefixes, prefix_tokens: augmentation texts that the model generates itself, and their length.
         dropped, drop_rate: augmented prompts that lack a random share of their words (never the subject's).
+        last_dropout: how often, in a step, the last token of an augmented prompt gets no response: where the model has
+            put the question together wording shows most, and an edit that other tokens carry as well is found in other
+            words too.
         prefixes_per_step: how many augmented prompts each step draws beside the bare one, or of the longer ones alone
             in every other step; all of them when there are no more.
         near, near_limit: neighbours (the prompt asked of other subjects) that an edit must leave quiet, and how loud
@@ -68,6 +71,8 @@ class WiseConfig:
         mode: "retrieve" keeps a bank of memories, "merge" merges them.
         merging: "ties" (the paper's), or "regmean", weighted by the covariances of what was taught (protected memories
             of all columns only).
+        rehearsals: passes in which the edits of a shard that is full, or of memories that were merged by covariances,
+            are learned once more, all together (`wise_fast.rehearsal`; protected memories only); 0 leaves them be.
         density: share of entries that TIES keeps.
         route_by: what a score is: the norm of the side response ("score", the paper's), or that over the root of the
             prompt's leverage ("leverage"; protected memories that TIES does not merge only). The largest score over
@@ -101,6 +106,7 @@ class WiseConfig:
     prefixes_per_step: int = 2
     dropped: int = 2
     drop_rate: float = 0.25
+    last_dropout: float = 0.5
     near: int = 2
     near_limit: float = 3.0
     alpha: float = 0.5
@@ -120,6 +126,7 @@ class WiseConfig:
     shards: int = 2
     mode: str = "retrieve"
     merging: str = "ties"
+    rehearsals: int = 10
     density: float = 0.5
     route_by: str = "leverage"
     reduction: str = "mean"
@@ -139,11 +146,12 @@ class WiseConfig:
             self._require(name, lambda v: v > 0, "above 0")
         for name in ("alpha", "beta", "gamma", "margin_weight", "nll", "weight_decay"):
             self._require(name, lambda v: v >= 0, "at least 0")
+        self._require("last_dropout", lambda v: 0 <= v <= 1, "from 0 to 1")
         for name in ("momentum", "drop_rate"):
             self._require(name, lambda v: 0 <= v < 1, "from 0 to below 1")
         for name in ("max_steps", "min_steps", "shards", "batch_size", "wave", "prefix_tokens", "prefixes_per_step"):
             self._require(name, lambda v: isinstance(v, int) and v >= 1, "a whole number from 1")
-        for name in ("prefixes", "dropped", "near", "undo_depth", "seed"):
+        for name in ("prefixes", "dropped", "near", "rehearsals", "undo_depth", "seed"):
             self._require(name, lambda v: isinstance(v, int) and v >= 0, "a whole number from 0")
         if self.shard_size is not None:
             self._require("shard_size", lambda v: isinstance(v, int) and v >= 1, "None or a whole number from 1")
@@ -161,13 +169,20 @@ class WiseConfig:
             raise ConfigError("mode 'merge' needs shard_size: after how many edits a shard closes")
         if self.merging == "regmean" and (self.layout != "neuron" or not self.protect or self.mask_ratio < 1):
             given = f"layout {self.layout!r}, protect {self.protect}, mask_ratio {self.mask_ratio}"
-            raise ConfigError(f"merging 'regmean' needs layout 'neuron', protect and mask_ratio 1; given: {given}")
+            raise ConfigError(
+                f"merging {self.merging!r} needs layout 'neuron', protect and mask_ratio 1; given: {given}"
+            )
 
     def _require(self, name: str, holds, expected: str) -> None:
         value = getattr(self, name)
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not number or not holds(value):
             raise ConfigError(f"{name} is {value!r}, expected {expected}")
+
+    @property
+    def moments(self) -> int:
+        """How many moments of each value the optimizer keeps."""
+        return 2 if self.optimizer == "adam" else int(self.momentum > 0)
 
     @classmethod
     def paper(cls, **changes) -> WiseConfig:
@@ -184,6 +199,7 @@ class WiseConfig:
             prefix_tokens=10,
             prefixes_per_step=10,
             dropped=0,
+            last_dropout=0.0,
             near=0,
             alpha=5.0,
             beta=20.0,
@@ -193,6 +209,7 @@ class WiseConfig:
             act_ratio=1.0,
             shard_size=None,
             shard_fill=None,
+            rehearsals=0,
             protect=False,
             by_subject=False,
             route_by="score",

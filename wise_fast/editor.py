@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from wise_fast import capacity, compiled, merging, protection, tokens, training
+from wise_fast import capacity, compiled, protection, rehearsal, tokens
 from wise_fast.architectures import find_architecture
 from wise_fast.calibration import calibrated
 from wise_fast.chat import rendered
@@ -25,14 +25,13 @@ from wise_fast.pack_rows import OWN
 from wise_fast.packs import Packs
 from wise_fast.routing import Generation, Routing
 from wise_fast.sharing import Sharing
-from wise_fast.state import EditorState, EditReport, Shard
+from wise_fast.state import NOT_FITTED, EditorState, EditReport, Shard
 from wise_fast.subjects import extended
 from wise_fast.tail import Tail
+from wise_fast.training import EditDiverged, Fit
 from wise_fast.turns import change, in_turn
 
 logger = logging.getLogger(__name__)
-
-_FAILED = "not fitted: its target or its routing margin did not hold within max_steps"
 
 
 class WiseEditor(Material, Packs, Sharing):
@@ -104,7 +103,7 @@ class WiseEditor(Material, Packs, Sharing):
             for s in superseded
         }
         places = [i for i in range(len(given)) if i not in reports]
-        examples = self._examples(kept, places)
+        examples = self.examples(kept, places)
         with _progress(progress, len(kept)) as advance:
             first = 0
             while first < len(kept):
@@ -113,7 +112,9 @@ class WiseEditor(Material, Packs, Sharing):
                 rows = slice(first, first + count)
                 state, batch = self._edit_batch(state, kept[rows], examples[rows])
                 if self._room(state) == 0:
-                    state = merging.close_shard(state, self.config)
+                    state = rehearsal.close_shard(self, state)
+                    made = {report.edit.prompt: report for report in state.reports[len(self._state.reports) :]}
+                    batch = [made.get(report.edit.prompt, report) for report in batch]
                 if len(state.reports) > len(self._state.reports):  # a batch that diverged as a whole leaves no trace
                     self._commit(state)
                 reports.update(zip(places[rows], batch, strict=True))
@@ -130,7 +131,7 @@ class WiseEditor(Material, Packs, Sharing):
     def check(self, edits: Iterable[Edit]) -> None:
         """Raise EditDataError, as `edit` would, if one of these `edits` cannot be learned."""
         for place, edit in enumerate(rendered(self.tokenizer, edits)):
-            self._examples([edit], [place])
+            self.examples([edit], [place])
 
     def _open_shard(self, state: EditorState) -> EditorState:
         """The state with an open shard."""
@@ -158,22 +159,14 @@ class WiseEditor(Material, Packs, Sharing):
         alive = list(range(len(edits)))
         fit = None
         while alive and fit is None:
-            quiet = self._quiet_texts([edits[i] for i in alive], state.shard.quiet)
-            trainer = training.Trainer(
-                self.tail,
-                state.shard.memory,
-                state.shard.p,
-                [examples[i] for i in alive],
-                self._quiet_pool if quiet is None else self._quiet_pool.join(quiet),
-                self.config,
-                self.unit,
-                torch.Generator().manual_seed(seed_of(self.config.seed, "draw", len(state.reports))),
-                tokens.pad_token(self.tokenizer),
-            )
+            quiet = self.quiet_texts([edits[i] for i in alive], state.shard.quiet)
+            rows = [examples[i] for i in alive]
+            generator = torch.Generator().manual_seed(seed_of(self.config.seed, "draw", len(state.reports)))
+            trainer = self.trainer(state.shard.memory, state.shard.p, rows, quiet, generator)
             try:
                 with self.tail.evaluating():
                     fit = trainer.run()
-            except training.EditDiverged as error:
+            except EditDiverged as error:
                 logger.warning("edit %r diverged and is left out", edits[alive[error.edit]].prompt)
                 del alive[error.edit]
         reports = [EditReport(edit, note="diverged: its loss was not finite; taken back") for edit in edits]
@@ -191,7 +184,7 @@ class WiseEditor(Material, Packs, Sharing):
                 reports[i] = report
         return state, reports
 
-    def _learned(self, state: EditorState, fit: training.Fit, reports: list[EditReport], quiet) -> EditorState:
+    def _learned(self, state: EditorState, fit: Fit, reports: list[EditReport], quiet) -> EditorState:
         """The state with a fitted batch in its open shard."""
         shard, first = state.shard, len(state.reports)
         prompts = {r.edit.prompt for r in reports}
@@ -207,7 +200,7 @@ class WiseEditor(Material, Packs, Sharing):
         memory = memory.replace(names=extended(shard.memory.names, shard.memory.edits, stale, new, fit.endings))
         memory, scores = calibrated(memory, fit.p, keys, holds, self.config)
         new = [
-            r.replace(success=fit.success[i], score=scores[first + i], note="" if fit.success[i] else _FAILED)
+            r.replace(success=fit.success[i], score=scores[first + i], note="" if fit.success[i] else NOT_FITTED)
             for i, r in enumerate(reports)
         ]
         made = (*old, *new)

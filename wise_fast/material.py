@@ -17,11 +17,13 @@ from wise_fast.chat import reworded
 from wise_fast.config import WiseConfig
 from wise_fast.data import Edit
 from wise_fast.errors import EditDataError
+from wise_fast.memory import SideMemory
 from wise_fast.routing import Routing
 from wise_fast.rows import buckets
 from wise_fast.subjects import Names, spellings
 from wise_fast.tail import Capture, Tail
 from wise_fast.texts import Texts
+from wise_fast.training import Trainer
 
 _QUIET_TEXTS, _QUIET_TOKENS = 16, 16
 _QUIET_MOST = 48  # tokens of an unrelated text that are read: its routing score shows early, and padding costs
@@ -101,7 +103,20 @@ class Material:
         batch = tokens.collate([tokens.Example(row, ()) for row in rows], tokens.pad_token(self.tokenizer), self.device)
         return batch, self.tail.capture(batch.input_ids, batch.attention_mask)
 
-    def _quiet_texts(self, edits: Sequence[Edit], before: Texts | None) -> Texts | None:
+    def trainer(
+        self,
+        memory: SideMemory,
+        p: Tensor | None,
+        examples: Sequence[Sequence[tokens.Example]],
+        quiet: Texts | None,
+        generator: torch.Generator,
+    ) -> Trainer:
+        """Of a batch, given its rows of `examples` and its unrelated texts of `quiet_texts`; `p` is what protects."""
+        quiet = self._quiet_pool if quiet is None else self._quiet_pool.join(quiet)
+        pad = tokens.pad_token(self.tokenizer)
+        return Trainer(self.tail, memory, p, examples, quiet, self.config, self.unit, generator, pad)
+
+    def quiet_texts(self, edits: Sequence[Edit], before: Texts | None) -> Texts | None:
         """Unrelated texts of these edits behind those of `before`, less any prompt that is now to be edited."""
         limits = {edit.irrelevant: 1.0 for edit in edits if edit.irrelevant}
         limits |= {text: self.config.near_limit for edit in edits for text in self._neighbours(edit)}
@@ -138,7 +153,8 @@ class Material:
         limit = torch.tensor(list(limits.values()), device=self.device)
         return Texts(names, torch.cat(a), torch.cat(text), limit)
 
-    def _examples(self, edits: Sequence[Edit], places: Sequence[int]) -> list[list[tokens.Example]]:
+    def examples(self, edits: Sequence[Edit], places: Sequence[int]) -> list[list[tokens.Example]]:
+        """Training rows of these edits, the bare prompt first. EditDataError names one that is too long."""
         rows = []
         for place, edit in zip(places, edits, strict=True):
             texts = [edit.prompt, *(f"{prefix}. {edit.prompt}" for prefix in self.prefixes), *self._shortened(edit)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -90,9 +91,25 @@ def merge_by_covariance(memories: Sequence[SideMemory], config: WiseConfig) -> t
         edits=tuple(e for m in known for e in m.edits),
         taught=Taught(information.float().contiguous(), origin, keys),
     )
-    p = torch.linalg.inv(information + before).float()
-    merged, _ = calibrated(merged, p, keys, (), config)
+    merged = recalibrated(merged, torch.linalg.inv(information + before).float(), keys, (), config)
     return (*(m for m in memories if m.taught is None), merged)
+
+
+def protection_of(taught: Taught) -> Tensor:
+    """`P` of a merged memory: as protected as if all that it was taught had been written into it."""
+    return torch.linalg.inv(taught.information.double() + torch.linalg.inv(taught.origin.double())).float()
+
+
+def recalibrated(memory: SideMemory, p: Tensor, keys: Keys, holds: Collection[int], config: WiseConfig) -> SideMemory:
+    """A merged memory with the thresholds that a sample of these keys gives.
+
+    Args:
+        p: its `P`.
+        holds: the edits that hold; empty where nobody knows.
+    """
+    keys = _sampled([key for key in keys if key[0] in holds] or keys)
+    memory = memory.replace(taught=replace(memory.taught, keys=keys))
+    return calibrated(memory, p, keys, holds, config)[0]
 
 
 def _taught(shard: Shard, holds: set[int]) -> Taught:

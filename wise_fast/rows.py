@@ -58,6 +58,27 @@ class Labels:
     full: bool
 
 
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a group, and what the memory responds to them.
+
+    Attributes:
+        places: of the rows in the group.
+        response: [b*T, d_out] to the `tokens` of those places.
+        silent: [b*T] bool, of those the ones whose response the model is not given; None where it is given all.
+    """
+
+    group: Group
+    places: Sequence[int]
+    response: Tensor
+    silent: Tensor | None = None
+
+    @property
+    def given(self) -> Tensor:
+        """[b*T, d_out], the response that the model is given."""
+        return self.response if self.silent is None else self.response.masked_fill(self.silent[:, None], 0.0)
+
+
 class Group:
     """Rows of like length.
 
@@ -122,6 +143,12 @@ class Group:
         """[d_ff], what the last token of a row's prompt activates."""
         tokens = self.tokens([place])
         return self.capture.a[tokens[self.batch.prompt_mask.flatten()[tokens]][-1]]
+
+    def endings(self, places: Sequence[int]) -> Tensor:
+        """[b, T] bool, which of these rows' `tokens` is the last of its prompt."""
+        prompt = self.batch.prompt_mask[torch.tensor(places, device=self.selected.device), : self.width(places)]
+        behind = torch.nn.functional.pad(prompt, (0, 1))[:, 1:]
+        return prompt & ~behind
 
     def key(self, place: int) -> Tensor:
         """[n, K] activations of a row's prompt, for thresholds."""
@@ -192,6 +219,11 @@ class Rows:
             self.groups.append(Group(tail, memory, numbers, batch, first_token))
         self._place = {n: (group, i) for group in self.groups for i, n in enumerate(group.numbers)}
 
+    @property
+    def tokens(self) -> int:
+        """Of all rows, padding included."""
+        return sum(len(group.selected) for group in self.groups)
+
     def split(self, numbers: Sequence[int]) -> list[tuple[Group, list[int]]]:
         """These rows by group, as (group, places in it); groups that have none are left out."""
         found: dict[Group, list[int]] = {}
@@ -254,18 +286,16 @@ class Rows:
             group.likely, group.head = likely.spread(source, group.batch.labels), head
 
 
-def look_at(parts: Sequence[tuple[Group, Sequence[int], Tensor]], reduction: str, full: bool) -> list[Look]:
-    """Replay rows of some groups, given as (group, places, side response of their `tokens`).
-
-    The LM head is asked once for all of them; `full`: over the whole vocabulary.
-    """
+def look_at(parts: Sequence[Part], reduction: str, full: bool) -> list[Look]:
+    """Replay rows of some groups. The LM head is asked once for all of them; `full`: over the whole vocabulary."""
     if not parts:
         return []
-    tail, head = parts[0][0].tail, None if full else parts[0][0].head
-    labels = [group.labels(places, full) for group, places, _ in parts]
-    replays = [group.replay(places, response, of) for (group, places, response), of in zip(parts, labels, strict=True)]
+    tail, head = parts[0].group.tail, None if full else parts[0].group.head
+    labels = [part.group.labels(part.places, full) for part in parts]
+    replays = [part.group.replay(part.places, part.given, of) for part, of in zip(parts, labels, strict=True)]
     logits = tail.replay_all(replays, head).split([len(of.chosen) for of in labels])
-    return [part[0].judge(*part[1:], *seen, reduction) for part, *seen in zip(parts, labels, logits, strict=True)]
+    seen = zip(parts, labels, logits, strict=True)
+    return [part.group.judge(part.places, part.response, *found, reduction) for part, *found in seen]
 
 
 def _edits(group: Group, variants: int) -> Tensor:

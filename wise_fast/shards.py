@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from wise_fast import merging, run_header
+from wise_fast import merging, rehearsal, run_header
 from wise_fast.atomic import read_directory, write_directory
 from wise_fast.chat import rendered
 from wise_fast.checkpoint import FILES, Checkpoints, Digester
@@ -170,7 +170,7 @@ class Shards:
         """
         state = joined(states)
         if len(state.closed) > 1:
-            state = merging.merge_closed(state, self.config)
+            state = rehearsal.merge_closed(self.editor, state)
         self.editor.state = state
         self.editor.save_pretrained(self.out / PACK)
         return Digester().digest(state)

@@ -11,6 +11,8 @@ from wise_fast.data import Edit
 from wise_fast.memory import SideMemory
 from wise_fast.texts import Texts
 
+NOT_FITTED = "not fitted: its target or its routing margin did not hold within max_steps"
+
 
 @dataclass(frozen=True)
 class EditReport:

@@ -19,7 +19,7 @@ from wise_fast.config import WiseConfig
 from wise_fast.memory import SideMemory
 from wise_fast.protection import gain, weight
 from wise_fast.quiet import Quiet
-from wise_fast.rows import Group, Look, Rows, look_at
+from wise_fast.rows import Group, Look, Part, Rows, look_at
 from wise_fast.tail import Tail
 from wise_fast.texts import Texts
 from wise_fast.tokens import Example
@@ -101,8 +101,7 @@ class Trainer:
         for group, places in self.rows.split(self.rows.numbers(entering)):
             group.begin(places, self.memory, self.p)
         self.since = 0
-        buffers = 2 if self.config.optimizer == "adam" else int(self.config.momentum > 0)
-        self.moments = [torch.zeros_like(self.z) for _ in range(buffers)]
+        self.moments = [torch.zeros_like(self.z) for _ in range(self.config.moments)]
 
     def _learning_rate(self) -> float:
         """One Adam step moves every weight by lr, so a token's output by about lr ||f||_1 sqrt(d_out)."""
@@ -123,15 +122,68 @@ class Trainer:
         Raises:
             EditDiverged: an edit's loss is NaN or infinite.
         """
-        first, todo = self._begin(), list(range(self.count))
-        while todo:
+        first = self._begin()
+        last, fine = self._until_held([float("inf")] * self.count, [False] * self.count)
+        keys = [self.rows.key(edit) for edit in range(self.count)]
+        return Fit(self.memory.values, self.p, keys, self.rows.endings(), self.steps, first, last, fine)
+
+    def _until_held(self, last: list[float], fine: list[bool]) -> tuple[list[float], list[bool]]:
+        """Train what does not hold until it does or its steps are used up; NLL and success of every edit."""
+        while todo := [e for e in range(self.count) if not fine[e] and self.steps[e] < self.config.max_steps]:
             if self.absorbed:
                 self._release(todo)
             self._train(todo)
             last, fine = self._verify()
-            todo = [e for e in range(self.count) if not fine[e] and self.steps[e] < self.config.max_steps]
-        keys = [self.rows.key(edit) for edit in range(self.count)]
-        return Fit(self.memory.values, self.p, keys, self.rows.endings(), self.steps, first, last, fine)
+        return last, fine
+
+    def enter(self, steps: int = 0) -> None:
+        """Begin with all edits at once, for `practise`, as after so many of their steps."""
+        self.steps = [steps] * self.count
+        self._begin()
+        self._begin_anew(range(self.count))
+
+    def practise(self, z: Tensor, moments: list[Tensor], taken: int, pace: float) -> None:
+        """One step on every edit, of a training that goes on with those of other trainers (`wise_fast.rehearsal`).
+
+        Args:
+            z, moments: what they have in common; changed in place.
+            taken: steps that were taken before, by all.
+            pace: of the learning rate.
+
+        Raises:
+            EditDiverged: as `run`.
+        """
+        everyone, rate = list(range(self.count)), self.lr
+        self.z, self.moments, self.since, self.lr = z, moments, taken, pace * rate
+        self._step(everyone, self._draw(everyone))
+        self.lr, self.steps = rate, [steps + 1 for steps in self.steps]
+
+    @torch.no_grad()
+    def look_again(self, z: Tensor) -> None:
+        """Choose anew which tokens the steps of `practise` compute, with what those have written so far."""
+        self.z = z
+        split = self.rows.split(self.rows.bare())
+        parts = [Part(group, places, self._response(group, places)) for group, places in split]
+        looks = look_at(parts, self.config.reduction, full=True)
+        self._restrict([(part.group, part.places, look) for part, look in zip(parts, looks, strict=True)])
+
+    def mend(self, memory: SideMemory, p: Tensor) -> tuple[SideMemory, list[float], list[bool]]:
+        """This memory, which `practise` has made, with every edit that it does not hold trained as by `run`.
+
+        Args:
+            p: that of a memory that was taught all edits.
+
+        Returns:
+            The memory, the mean NLL of every edit under it, and whether it holds.
+
+        Raises:
+            EditDiverged: as `run`.
+        """
+        self.memory, self.p, self.origin, self.absorbed = memory, p, p, {}
+        self.quiet = Quiet(self.quiet.texts, memory, p, self.config, self.unit)
+        self.z, self.steps, self.taken = torch.zeros_like(self.z), [0] * self.count, self.taken + 1
+        last, fine = self._until_held(*self._verify())
+        return self.memory, last, fine
 
     def _train(self, edits: Sequence[int]) -> None:
         """Steps for these edits, a few at a time: what claims to hold is settled, and the next takes its place.
@@ -241,6 +293,14 @@ class Trainer:
         tokens = group.tokens(places)
         return group.before[tokens] + self.memory.respond(group.features[tokens], self.z)
 
+    def _silent(self, group: Group, places: Sequence[int]) -> Tensor | None:
+        """Tokens of these rows that get no response in this step: the last of some augmented prompts."""
+        if self.config.last_dropout == 0:
+            return None
+        augmented = torch.tensor([group.numbers[place] % self.variants > 0 for place in places])
+        drawn = torch.rand(len(places), generator=self.generator) < self.config.last_dropout
+        return (group.endings(places) & (augmented & drawn).to(group.selected.device)[:, None]).flatten()
+
     def _step(self, active: list[int], rows: list[int]) -> None:
         """One optimiser step on these rows."""
         self.taken, self.since = self.taken + 1, self.since + 1
@@ -250,14 +310,18 @@ class Trainer:
         features = [self.quiet.features[quiet_tokens]]
         margin_weight, reduction = self.config.margin_weight, self.config.reduction
         losses, inputs = quiet.new_zeros(self.count), []
-        parts = [(g, places, self._response(g, places).requires_grad_()) for g, places in self.rows.split(rows)]
+        parts = [
+            Part(group, places, self._response(group, places).requires_grad_(), self._silent(group, places))
+            for group, places in self.rows.split(rows)
+        ]
         drawn = torch.bincount(torch.tensor(rows) // self.variants, minlength=self.count).to(quiet.device)
-        for (group, places, response), seen in zip(parts, look_at(parts, reduction, full=False), strict=True):
+        for part, seen in zip(parts, look_at(parts, reduction, full=False), strict=True):
+            group, places = part.group, part.places
             margin = objective.edit_margin(seen.score, self.config, self.unit)
             margin = margin + objective.gap_margin(seen.score, loudest, self.config, self.unit)
             edit = torch.tensor([group.numbers[i] for i in places], device=quiet.device) // self.variants
             losses = losses.index_add(0, edit, (seen.nll + margin_weight * margin) / drawn[edit])
-            inputs.append((edit, response))
+            inputs.append((edit, part.response))
             features.append(group.features[group.tokens(places)])
             self._note(group, places, seen)
         total = losses.sum() + margin_weight * objective.irrelevant_margin(quiet_score, self.config, self.unit).sum()
@@ -319,7 +383,7 @@ class Trainer:
     def _look(self, numbers: Sequence[int], full: bool) -> list[tuple[Group, list[int], Look]]:
         """These rows under what the memory holds."""
         split = self.rows.split(numbers)
-        parts = [(g, places, self.memory.respond(g.selected[g.tokens(places)])) for g, places in split]
+        parts = [Part(g, places, self.memory.respond(g.selected[g.tokens(places)])) for g, places in split]
         looks = look_at(parts, self.config.reduction, full)
         return [(group, places, seen) for (group, places), seen in zip(split, looks, strict=True)]
 

@@ -1,0 +1,165 @@
+"""A merged memory is trained on all of its edits: what that finds, what it reports, and what it leaves alone."""
+
+import logging
+
+import pytest
+import torch
+
+from tests.edited import ELSEWHERE, FACTS, logits, make_editor, same
+from wise_fast import rehearsal
+from wise_fast.data import Edit
+from wise_fast.merging import merge_closed
+from wise_fast.metrics import answer
+from wise_fast.training import EditDiverged, Trainer
+
+REHEARSED = dict(mode="merge", merging="regmean", mask_ratio=1.0, shard_size=1, shards=4, batch_size=2, rehearsals=10)
+NOT_REHEARSED = [
+    {"rehearsals": 0},
+    {"merging": "ties"},
+    {"mode": "retrieve", "rehearsals": 0},
+    {"mode": "retrieve", "protect": False, "merging": "ties"},
+    {"mode": "retrieve", "layout": "element", "merging": "ties"},
+]
+PROMPTS = [fact.prompt for fact in FACTS]
+TARGETS = [fact.target for fact in FACTS]
+
+
+def waiting(facts=FACTS, **changes):
+    """An editor whose shards wait for their merge, and its state."""
+    editor = make_editor(facts, **REHEARSED | {"shards": 9} | changes)
+    return editor, editor.state
+
+
+def as_it_is(_trainer, last, fine):
+    """In place of `Trainer._until_held`: nothing is trained."""
+    return last, fine
+
+
+@pytest.mark.parametrize("room", [rehearsal._KEPT, 0])
+def test_it_finds_what_holds_all_edits_and_leaves_the_rest_alone(monkeypatch, room):
+    monkeypatch.setattr(rehearsal, "_KEPT", room)
+    editor, state = waiting(rehearsals=30)
+    before = logits(make_editor().model, ELSEWHERE)
+    editor.state = rehearsal.merge_closed(editor, state)
+    assert [m.edits for m in editor.memories] == [tuple(range(len(FACTS)))]
+    assert answer(editor, PROMPTS) == TARGETS
+    assert all(report.success and report.loss < 0.6 for report in editor.edits)
+    assert same(logits(editor.model, ELSEWHERE), before)
+
+
+def test_the_more_passes_the_better_it_fits(monkeypatch):
+    editor, state = waiting()
+    monkeypatch.setattr(Trainer, "_until_held", as_it_is)
+    losses = []
+    for passes in (1, 8, 40):
+        editor.config = editor.config.replace(rehearsals=passes)
+        losses.append(sum(report.loss for report in rehearsal.merge_closed(editor, state).reports))
+    assert losses[0] > 2 * losses[1] > 2 * losses[2]
+
+
+def test_an_edit_that_does_not_hold_is_reported(monkeypatch):
+    editor, state = waiting(rehearsals=1)
+    monkeypatch.setattr(Trainer, "_until_held", as_it_is)
+    assert all(report.success for report in state.reports)
+    failed = [report for report in rehearsal.merge_closed(editor, state).reports if not report.success]
+    assert failed and all(report.note.startswith("not fitted") for report in failed)
+
+
+def test_what_the_passes_leave_is_mended(monkeypatch):
+    """Few passes hold nothing yet; nor do edits that are mended give way to later ones."""
+    mended, mend = [], Trainer.mend
+
+    def watched(self, memory, p):
+        found = mend(self, memory, p)
+        mended.append(sum(self.steps))
+        return found
+
+    monkeypatch.setattr(Trainer, "mend", watched)
+    editor = make_editor(FACTS, shard_size=4, batch_size=2, mask_ratio=1.0, rehearsals=1)
+    assert len(mended) == 2 and all(mended) and all(report.success for report in editor.edits)
+    assert answer(editor, PROMPTS) == TARGETS
+
+
+def test_the_editor_rehearses_when_it_merges_and_reports_what_it_took():
+    editor = make_editor(**REHEARSED)
+    reports = editor.edit(FACTS[:3]) + editor.edit(FACTS[3:])
+    assert len(editor.memories) == 1 and editor.state.merges == 1 and answer(editor, PROMPTS) == TARGETS
+    assert reports[3] == editor.edits[3] and reports[0].seconds < editor.edits[0].seconds
+    alone = make_editor(FACTS, **REHEARSED | {"rehearsals": 0})
+    assert not torch.equal(alone.memories[0].values, editor.memories[0].values)
+    torch.testing.assert_close(alone.memories[0].taught.information, editor.memories[0].taught.information)
+
+
+def test_the_same_edits_are_rehearsed_alike():
+    one, other = (make_editor(FACTS, **REHEARSED).memories[0] for _ in range(2))
+    assert torch.equal(one.values, other.values) and one.z_threshold == other.z_threshold
+    another = make_editor(FACTS, **REHEARSED, seed=1).memories[0]
+    assert not torch.equal(one.values, another.values)
+
+
+def test_a_superseded_edit_is_not_rehearsed(monkeypatch):
+    taught = []
+    enter = Trainer.enter
+    monkeypatch.setattr(Trainer, "enter", lambda self, steps: (taught.append(self.count), enter(self, steps)))
+    again = Edit(FACTS[0].prompt, "Ida")
+    editor = make_editor(**REHEARSED | {"shard_size": 3, "shards": 2, "batch_size": 3})
+    editor.edit(FACTS[:3])
+    editor.edit([again, FACTS[3], Edit("Five plus one is", "six")])
+    assert sum(taught) == 5 and editor.edits[0].superseded and not editor.edits[0].note.startswith("not fitted")
+    assert answer(editor, PROMPTS) == ["Ida", *TARGETS[1:]]
+
+
+def test_what_diverges_stays_as_it_was_merged(monkeypatch, caplog):
+    editor, state = waiting()
+
+    def diverge(*_):
+        raise EditDiverged(0)
+
+    monkeypatch.setattr(Trainer, "practise", diverge)
+    with caplog.at_level(logging.WARNING, "wise_fast"):
+        made = rehearsal.merge_closed(editor, state)
+    (plain,) = merge_closed(state, editor.config).merged
+    assert torch.equal(made.merged[0].values, plain.values) and made.reports == state.reports
+    assert f"rehearsal of {len(FACTS)} edits diverged" in caplog.text
+
+
+@pytest.mark.parametrize("changes", NOT_REHEARSED)
+def test_what_is_not_to_be_rehearsed_is_not(monkeypatch, changes):
+    monkeypatch.setattr(rehearsal, "_Rehearsal", None)
+    assert make_editor(FACTS, **REHEARSED | {"shards": 2} | changes).memories
+
+
+class TestFullShards:
+    """Of mode "retrieve": a shard is rehearsed when it is full."""
+
+    KINDS = [{}, {"mask_ratio": 0.4}, {"route_by": "score"}, {"optimizer": "sgd", "momentum": 0.9, "lr": 2.0}]
+
+    @pytest.mark.parametrize("changes", KINDS, ids=str)
+    def test_they_answer_all_that_they_hold(self, changes):
+        settings = dict(mode="retrieve", shard_size=2, rehearsals=4) | changes
+        plain, editor = (make_editor(FACTS, **settings | more) for more in ({"rehearsals": 0}, {}))
+        assert [m.edits for m in editor.memories] == [(0, 1), (2, 3)] and answer(editor, PROMPTS) == TARGETS
+        assert not any(torch.equal(a.values, b.values) for a, b in zip(plain.memories, editor.memories, strict=True))
+        assert all(r.seconds > 0 and r.success for r in editor.edits)
+        if plain.memories[0].factor is not None:
+            assert torch.equal(plain.memories[0].factor, editor.memories[0].factor)
+
+    def test_one_that_is_not_full_waits(self):
+        plain, editor = (make_editor(FACTS[:3], shard_size=3 + n, rehearsals=4) for n in (1, 0))
+        again = make_editor(FACTS[:3], shard_size=4, rehearsals=0)
+        assert torch.equal(plain.memories[0].values, again.memories[0].values)
+        assert not torch.equal(plain.memories[0].values, editor.memories[0].values)
+
+    def test_taking_it_back_takes_the_rehearsal_back(self):
+        editor = make_editor(FACTS[:3], shard_size=4, batch_size=1, rehearsals=4)
+        before = editor.memories[0].values
+        editor.edit(FACTS[3:])
+        assert not torch.equal(editor.memories[0].values, before)
+        editor.rollback(1)
+        assert torch.equal(editor.memories[0].values, before)
+
+
+def test_the_learning_rate_warms_up_and_falls():
+    paces = [rehearsal._pace(step, 100) for step in range(100)]
+    assert paces[0] < paces[4] < paces[9] == max(paces) <= rehearsal._GENTLE
+    assert paces[9:] == sorted(paces[9:], reverse=True) and paces[-1] == rehearsal._GENTLE * rehearsal._LEAST
