@@ -71,8 +71,9 @@ class WiseConfig:
         mode: "retrieve" keeps a bank of memories, "merge" merges them.
         merging: "ties" (the paper's), or "regmean", weighted by the covariances of what was taught (protected memories
             of all columns only).
-        rehearsals: passes in which the edits of a shard that is full, or of memories that were merged by covariances,
-            are learned once more, all together (`wise_fast.rehearsal`; protected memories only); 0 leaves them be.
+        rehearsals: passes in which the edits of a shard that is full, or of memories that were merged by covariances
+            (each time all that it holds by then), are learned once more, all together (`wise_fast.rehearsal`; protected
+            memories only); about 16 do. 0 leaves them be.
         density: share of entries that TIES keeps.
         route_by: what a score is: the norm of the side response ("score", the paper's), or that over the root of the
             prompt's leverage ("leverage"; protected memories that TIES does not merge only). The largest score over
@@ -126,7 +127,7 @@ class WiseConfig:
     shards: int = 2
     mode: str = "retrieve"
     merging: str = "ties"
-    rehearsals: int = 10
+    rehearsals: int = 0
     density: float = 0.5
     route_by: str = "leverage"
     reduction: str = "mean"

@@ -113,14 +113,14 @@ class WiseEditor(Material, Packs, Sharing):
                 state, batch = self._edit_batch(state, kept[rows], examples[rows])
                 if self._room(state) == 0:
                     state = rehearsal.close_shard(self, state)
-                    made = {report.edit.prompt: report for report in state.reports[len(self._state.reports) :]}
-                    batch = [made.get(report.edit.prompt, report) for report in batch]
                 if len(state.reports) > len(self._state.reports):  # a batch that diverged as a whole leaves no trace
                     self._commit(state)
                 reports.update(zip(places[rows], batch, strict=True))
                 first += count
                 advance(count)
-        return [reports[i] for i in range(len(given))]
+        held = {report.edit: report for report in self._state.reports if not report.superseded}  # rehearsed since
+        made = (reports[i] for i in range(len(given)))
+        return [report if report.superseded else held.get(report.edit, report) for report in made]
 
     @torch.inference_mode(False)
     @in_turn

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -110,17 +110,22 @@ class Material:
         examples: Sequence[Sequence[tokens.Example]],
         quiet: Texts | None,
         generator: torch.Generator,
+        kind: type[Trainer] = Trainer,
     ) -> Trainer:
         """Of a batch, given its rows of `examples` and its unrelated texts of `quiet_texts`; `p` is what protects."""
         quiet = self._quiet_pool if quiet is None else self._quiet_pool.join(quiet)
         pad = tokens.pad_token(self.tokenizer)
-        return Trainer(self.tail, memory, p, examples, quiet, self.config, self.unit, generator, pad)
+        return kind(self.tail, memory, p, examples, quiet, self.config, self.unit, generator, pad)
 
-    def quiet_texts(self, edits: Sequence[Edit], before: Texts | None) -> Texts | None:
-        """Unrelated texts of these edits behind those of `before`, less any prompt that is now to be edited."""
+    def quiet_texts(
+        self, edits: Sequence[Edit], before: Texts | None, held: Collection[str] | None = None
+    ) -> Texts | None:
+        """Unrelated texts of these edits behind those of `before`, less any prompt that is now to be edited or `held`:
+        what the editor's edits have asked where None."""
         limits = {edit.irrelevant: 1.0 for edit in edits if edit.irrelevant}
         limits |= {text: self.config.near_limit for edit in edits for text in self._neighbours(edit)}
-        edited = {r.edit.prompt for r in self.edits} | {e.prompt for e in edits}
+        held = {r.edit.prompt for r in self.edits} if held is None else held
+        edited = {*held, *(e.prompt for e in edits)}
         limits = {text: limit for text, limit in limits.items() if text not in edited}
         if before is not None:
             before = before.only([i for i, name in enumerate(before.names) if name not in edited | limits.keys()])

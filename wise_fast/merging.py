@@ -91,7 +91,7 @@ def merge_by_covariance(memories: Sequence[SideMemory], config: WiseConfig) -> t
         edits=tuple(e for m in known for e in m.edits),
         taught=Taught(information.float().contiguous(), origin, keys),
     )
-    merged = recalibrated(merged, torch.linalg.inv(information + before).float(), keys, (), config)
+    merged, _ = recalibrated(merged, torch.linalg.inv(information + before).float(), keys, (), config)
     return (*(m for m in memories if m.taught is None), merged)
 
 
@@ -100,8 +100,10 @@ def protection_of(taught: Taught) -> Tensor:
     return torch.linalg.inv(taught.information.double() + torch.linalg.inv(taught.origin.double())).float()
 
 
-def recalibrated(memory: SideMemory, p: Tensor, keys: Keys, holds: Collection[int], config: WiseConfig) -> SideMemory:
-    """A merged memory with the thresholds that a sample of these keys gives.
+def recalibrated(
+    memory: SideMemory, p: Tensor, keys: Keys, holds: Collection[int], config: WiseConfig
+) -> tuple[SideMemory, dict[int, float]]:
+    """A merged memory with the thresholds that a sample of these keys gives, and the routing scores of that sample.
 
     Args:
         p: its `P`.
@@ -109,7 +111,7 @@ def recalibrated(memory: SideMemory, p: Tensor, keys: Keys, holds: Collection[in
     """
     keys = _sampled([key for key in keys if key[0] in holds] or keys)
     memory = memory.replace(taught=replace(memory.taught, keys=keys))
-    return calibrated(memory, p, keys, holds, config)[0]
+    return calibrated(memory, p, keys, holds, config)
 
 
 def _taught(shard: Shard, holds: set[int]) -> Taught:

@@ -24,6 +24,7 @@ class Quiet:
             response [n, d_out] of what is written.
         score: [count] of each text when last looked at, over what it may reach, so that alpha is the margin of all.
         margin: alpha in units of scores.
+        always: whether every step looks at all of them, as others than this batch move `z` in between.
         known: response of all tokens if it was looked at since the last step; settling and writing leave it as it is.
     """
 
@@ -32,7 +33,7 @@ class Quiet:
         self.selected, self.before = memory.select(texts.a), memory.respond(memory.select(texts.a))
         self.protect(p)
         self.score = texts.limit.new_zeros(len(texts.names))
-        self.known: Tensor | None = None
+        self.always, self.known = False, None
         self._reduce = objective.row_max if config.reduction == "max" else objective.row_mean
 
     def protect(self, p: Tensor | None) -> None:
@@ -87,6 +88,6 @@ class Quiet:
         The margin of the others has no gradient, and there are more of their tokens than of the edits'. The first step
         shows what the memory did before, the second what the first one did.
         """
-        if step == 1 or step % _LOOK_EVERY == 2:
+        if self.always or step == 1 or step % _LOOK_EVERY == 2:
             return torch.ones_like(self.score, dtype=torch.bool)
         return self.score >= _NEAR * self.margin

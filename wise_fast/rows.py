@@ -220,9 +220,10 @@ class Rows:
         self._place = {n: (group, i) for group in self.groups for i, n in enumerate(group.numbers)}
 
     @property
-    def tokens(self) -> int:
-        """Of all rows, padding included."""
-        return sum(len(group.selected) for group in self.groups)
+    def size(self) -> int:
+        """Bytes of what the groups hold of their tokens, less what passes through the other layers."""
+        held = (t for g in self.groups for t in (g.selected, g.features, g.before, g.capture.a, g.capture.main))
+        return sum(t.numel() * t.element_size() for t in held)
 
     def split(self, numbers: Sequence[int]) -> list[tuple[Group, list[int]]]:
         """These rows by group, as (group, places in it); groups that have none are left out."""

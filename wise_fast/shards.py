@@ -144,7 +144,7 @@ class Shards:
         finally:
             self.editor.config = self.config
         state = self.editor.state
-        if state.shard is not None:  # the last of the stream, or one with an edit that diverged
+        if state.shard is not None:  # the last of the stream, or one with an edit that diverged: not full
             state = merging.close_shard(state, self._filling)
         checkpoints, batches = self._files(number)
         checkpoints.save(batches, _moved(state, -first).replace(reports=state.reports[first:]))

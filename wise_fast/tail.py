@@ -81,6 +81,11 @@ class Tail:
         self.architecture = architecture
         self._evaluates = False
 
+    @property
+    def at_last_layer(self) -> bool:
+        """Whether no attention follows the projection."""
+        return self.architecture.layer == len(self.architecture.layers) - 1
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Run with the model in eval mode; inside another such block nothing is left to do.

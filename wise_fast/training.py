@@ -88,6 +88,8 @@ class Trainer:
         self.count, self.variants = self.rows.edits, self.rows.variants
         self.quiet = Quiet(quiet, memory, p, config, unit)
         self.lr = self._learning_rate()
+        # Behind the last layer's tokens nothing asks the others: a silent one would answer as the unedited model.
+        self.last_dropout = 0.0 if tail.at_last_layer else config.last_dropout
         total = self.count * self.variants
         self.held, self.nll, self.seen = [False] * total, [float("inf")] * total, [0] * total
         self.steps, self.taken = [0] * self.count, 0
@@ -122,68 +124,15 @@ class Trainer:
         Raises:
             EditDiverged: an edit's loss is NaN or infinite.
         """
-        first = self._begin()
-        last, fine = self._until_held([float("inf")] * self.count, [False] * self.count)
-        keys = [self.rows.key(edit) for edit in range(self.count)]
-        return Fit(self.memory.values, self.p, keys, self.rows.endings(), self.steps, first, last, fine)
-
-    def _until_held(self, last: list[float], fine: list[bool]) -> tuple[list[float], list[bool]]:
-        """Train what does not hold until it does or its steps are used up; NLL and success of every edit."""
-        while todo := [e for e in range(self.count) if not fine[e] and self.steps[e] < self.config.max_steps]:
+        first, todo = self._begin(), list(range(self.count))
+        while todo:
             if self.absorbed:
                 self._release(todo)
             self._train(todo)
             last, fine = self._verify()
-        return last, fine
-
-    def enter(self, steps: int = 0) -> None:
-        """Begin with all edits at once, for `practise`, as after so many of their steps."""
-        self.steps = [steps] * self.count
-        self._begin()
-        self._begin_anew(range(self.count))
-
-    def practise(self, z: Tensor, moments: list[Tensor], taken: int, pace: float) -> None:
-        """One step on every edit, of a training that goes on with those of other trainers (`wise_fast.rehearsal`).
-
-        Args:
-            z, moments: what they have in common; changed in place.
-            taken: steps that were taken before, by all.
-            pace: of the learning rate.
-
-        Raises:
-            EditDiverged: as `run`.
-        """
-        everyone, rate = list(range(self.count)), self.lr
-        self.z, self.moments, self.since, self.lr = z, moments, taken, pace * rate
-        self._step(everyone, self._draw(everyone))
-        self.lr, self.steps = rate, [steps + 1 for steps in self.steps]
-
-    @torch.no_grad()
-    def look_again(self, z: Tensor) -> None:
-        """Choose anew which tokens the steps of `practise` compute, with what those have written so far."""
-        self.z = z
-        split = self.rows.split(self.rows.bare())
-        parts = [Part(group, places, self._response(group, places)) for group, places in split]
-        looks = look_at(parts, self.config.reduction, full=True)
-        self._restrict([(part.group, part.places, look) for part, look in zip(parts, looks, strict=True)])
-
-    def mend(self, memory: SideMemory, p: Tensor) -> tuple[SideMemory, list[float], list[bool]]:
-        """This memory, which `practise` has made, with every edit that it does not hold trained as by `run`.
-
-        Args:
-            p: that of a memory that was taught all edits.
-
-        Returns:
-            The memory, the mean NLL of every edit under it, and whether it holds.
-
-        Raises:
-            EditDiverged: as `run`.
-        """
-        self.memory, self.p, self.origin, self.absorbed = memory, p, p, {}
-        self.quiet = Quiet(self.quiet.texts, memory, p, self.config, self.unit)
-        self.z, self.steps, self.taken = torch.zeros_like(self.z), [0] * self.count, self.taken + 1
-        last, fine = self._until_held(*self._verify())
-        return self.memory, last, fine
+            todo = [e for e in range(self.count) if not fine[e] and self.steps[e] < self.config.max_steps]
+        keys = [self.rows.key(edit) for edit in range(self.count)]
+        return Fit(self.memory.values, self.p, keys, self.rows.endings(), self.steps, first, last, fine)
 
     def _train(self, edits: Sequence[int]) -> None:
         """Steps for these edits, a few at a time: what claims to hold is settled, and the next takes its place.
@@ -295,10 +244,10 @@ class Trainer:
 
     def _silent(self, group: Group, places: Sequence[int]) -> Tensor | None:
         """Tokens of these rows that get no response in this step: the last of some augmented prompts."""
-        if self.config.last_dropout == 0:
+        if self.last_dropout == 0:
             return None
         augmented = torch.tensor([group.numbers[place] % self.variants > 0 for place in places])
-        drawn = torch.rand(len(places), generator=self.generator) < self.config.last_dropout
+        drawn = torch.rand(len(places), generator=self.generator) < self.last_dropout
         return (group.endings(places) & (augmented & drawn).to(group.selected.device)[:, None]).flatten()
 
     def _step(self, active: list[int], rows: list[int]) -> None:
