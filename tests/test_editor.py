@@ -1,5 +1,6 @@
 """What `editor.edit` promises: reports, batches, taking back, and the same bits for the same seed."""
 
+import copy
 import statistics
 from dataclasses import replace
 
@@ -212,6 +213,27 @@ class TestTakingBack:
             with pytest.raises(WiseError, match=rf"cannot take back {count} edits; .*\[1\]"):
                 editor.rollback(count)
         assert len(editor.edits) == 3
+
+    def test_a_model_is_not_saved_with_an_editor_in_it(self, tmp_path):
+        """What loads again would lack the projection."""
+        editor = make_editor([FIRST])
+        for model in (editor.model, copy.deepcopy(editor.model)):
+            with pytest.raises(WiseError, match=r"editor\.save_pretrained .* editor\.export_dense .* editor\.unload"):
+                model.save_pretrained(tmp_path / "broken")
+        assert not (tmp_path / "broken").exists()
+        before = {name: tensor.clone() for name, tensor in editor.model.state_dict().items()}
+        editor.export_dense(tmp_path / "dense")
+        editor.unload().save_pretrained(tmp_path / "plain")
+        again = type(editor.model).from_pretrained(tmp_path / "plain").state_dict()
+        assert len(again) > 3 and all(
+            torch.equal(again[name.replace("base_layer.", "")], tensor)
+            for name, tensor in before.items()
+            if name.replace("base_layer.", "") in again
+        )
+
+    def test_it_says_what_it_is(self):
+        editor = make_editor(FACTS, shard_size=3)
+        assert repr(editor) == "WiseEditor(MistralForCausalLM, layer 2: 4 edits in 2 memories)"
 
     def test_unload(self):
         model = wide_model()

@@ -43,7 +43,7 @@ class WiseConfig:
         dropped, drop_rate: augmented prompts that lack a random share of their words (never the subject's).
         last_dropout: how often, in a step, the last token of an augmented prompt gets no response: where the model has
             put the question together wording shows most, and an edit that other tokens carry as well is found in other
-            words too.
+            words too (seen on the demo model alone, so none by default; not where the last layer is edited).
         prefixes_per_step: how many augmented prompts each step draws beside the bare one, or of the longer ones alone
             in every other step; all of them when there are no more.
         near, near_limit: neighbours (the prompt asked of other subjects) that an edit must leave quiet, and how loud
@@ -107,7 +107,7 @@ class WiseConfig:
     prefixes_per_step: int = 2
     dropped: int = 2
     drop_rate: float = 0.25
-    last_dropout: float = 0.5
+    last_dropout: float = 0.0
     near: int = 2
     near_limit: float = 3.0
     alpha: float = 0.5

@@ -24,7 +24,7 @@ from wise_fast.memory import SideMemory, storable
 from wise_fast.pack_rows import OWN
 from wise_fast.packs import Packs
 from wise_fast.routing import Generation, Routing
-from wise_fast.sharing import Sharing
+from wise_fast.sharing import PlainSaving, Sharing
 from wise_fast.state import NOT_FITTED, EditorState, EditReport, Shard
 from wise_fast.subjects import extended
 from wise_fast.tail import Tail
@@ -308,18 +308,29 @@ class WiseEditor(Material, Packs, Sharing):
         wrapped = getattr(holder, attribute), self.routing, self.config.reduction, self.architecture.dtype
         setattr(holder, attribute, DualMemoryLinear(*wrapped))
         self.routing.attach(self.model.get_submodule(self.architecture.decoder))
-        self._generate = self.model.__dict__.get("generate")  # the user's own, if the model has one
-        self.model.generate = Generation(self.model.generate, self.routing).generate
+        methods = {"generate": Generation(self.model.generate, self.routing).generate}
+        if hasattr(self.model, "save_pretrained"):
+            methods["save_pretrained"] = PlainSaving(self.model.save_pretrained).save_pretrained
+        self._methods = {
+            name: self.model.__dict__.get(name) for name in methods
+        }  # the user's own, if the model has any
+        self.model.__dict__.update(methods)
 
     def unload(self) -> nn.Module:
         """Put the original projection object back and return the model, as it was before this editor."""
         parent, attribute = self.architecture.holder
         setattr(self.model.get_submodule(parent), attribute, self.projection.base_layer)
         self.routing.detach()
-        del self.model.generate
-        if self._generate is not None:
-            self.model.generate = self._generate
+        for name, own in self._methods.items():
+            del self.model.__dict__[name]
+            if own is not None:
+                self.model.__dict__[name] = own
         return self.model
+
+    def __repr__(self) -> str:
+        held = sum(not report.superseded for report in self._state.reports)
+        what = f"{type(self.model).__name__}, layer {self.architecture.layer}"
+        return f"WiseEditor({what}: {held} edits in {len(self.memories)} memories)"
 
 
 def _superseded(by: str, contradicting: bool) -> str:

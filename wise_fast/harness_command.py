@@ -29,7 +29,7 @@ def harness(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run tasks of lm-evaluation-harness on an edited model. Needs wise_fast[eval]."""
+    """Run tasks of lm-evaluation-harness on an edited model. Needs the extra `eval`."""
     with terminal(context, as_json, verbose, quiet) as it:
         from wise_fast import harness as tool
 

@@ -40,7 +40,7 @@ def serve(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Serve an edited model by the OpenAI API: /v1/chat/completions and /v1/completions. Needs wise_fast[serve]."""
+    """Serve an edited model by the OpenAI API: /v1/chat/completions and /v1/completions. Needs the extra `serve`."""
     with terminal(context, False, verbose, quiet) as it:
         from wise_fast.serving import application  # says what is missing, before the model is loaded
 

@@ -11,11 +11,31 @@ from torch import nn
 from wise_fast import card, compiled, dense, fingerprint, hub, storage
 from wise_fast.architectures import Architecture
 from wise_fast.config import WiseConfig
+from wise_fast.errors import WiseError
 from wise_fast.state import EditorState
 from wise_fast.turns import in_turn
 
 if TYPE_CHECKING:
     from wise_fast.editor import WiseEditor
+
+
+class PlainSaving:
+    """`model.save_pretrained` of a model with an editor; a method, so that deepcopy follows it.
+
+    What it would write names the edited projection's weight as the editor does, and loads without it.
+    """
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def save_pretrained(self, *args, **kwargs):
+        if kwargs.get("state_dict") is None and len(args) < 3:
+            raise WiseError(
+                "model.save_pretrained would write a checkpoint that plain transformers loads without the edited "
+                "projection; use editor.save_pretrained (the edits), editor.export_dense (a plain checkpoint with the "
+                "edits folded in), or editor.unload() first (the model as it was)"
+            )
+        return self.inner(*args, **kwargs)
 
 
 class Sharing:
