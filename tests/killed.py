@@ -39,7 +39,7 @@ EDITS = [
     Edit(f"River of {name}:", target, rephrases=(f"{name}'s river:",), locality=(Locality(f"Bread {name[0]}", "oil"),))
     for name, target in zip(NAMES, "PEDABCFGHI", strict=True)
 ]
-CONFIG = QUICK.replace(max_steps=6, mask_ratio=0.2, batch_size=2, shard_size=4, near=1)
+CONFIG = QUICK.replace(max_steps=6, mask_ratio=0.2, batch_size=2, shard_size=4, near=1, rehearsals=2)
 SETTINGS = RunSettings(evaluate_at=(1, 5), checkpoint_every=4, generate=False)
 _ATTEMPTS = 6
 ROUTINE = {os: ("write", "fsync", "rename", "replace", "open"), shutil: ("rmtree",)}

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STREAM = [*EDITS, Edit("River of Milan:", "J"), Edit("River of Kiel:", "K", irrelevant="River of Oslo:")]
 SIZE, COUNT = 3, 4  # a batch that ends with its shard, and a last shard that is not full
 MODES = {
-    "retrieve": {"mode": "retrieve", "rehearsals": 2},
+    "retrieve": {"mode": "retrieve"},
     "merge": {"mode": "merge"},
     "regmean": {"mode": "merge", "merging": "regmean", "mask_ratio": 1.0},
     "rehearsed": {"mode": "merge", "merging": "regmean", "mask_ratio": 1.0, "rehearsals": 2},

@@ -313,7 +313,7 @@ class WiseEditor(Material, Packs, Sharing):
             methods["save_pretrained"] = PlainSaving(self.model.save_pretrained).save_pretrained
         self._methods = {
             name: self.model.__dict__.get(name) for name in methods
-        }  # the user's own, if the model has any
+        }  # the user's own
         self.model.__dict__.update(methods)
 
     def unload(self) -> nn.Module:
