@@ -311,9 +311,7 @@ class WiseEditor(Material, Packs, Sharing):
         methods = {"generate": Generation(self.model.generate, self.routing).generate}
         if hasattr(self.model, "save_pretrained"):
             methods["save_pretrained"] = PlainSaving(self.model.save_pretrained).save_pretrained
-        self._methods = {
-            name: self.model.__dict__.get(name) for name in methods
-        }  # the user's own
+        self._methods = {name: self.model.__dict__.get(name) for name in methods}  # the user's own
         self.model.__dict__.update(methods)
 
     def unload(self) -> nn.Module:
