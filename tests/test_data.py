@@ -251,7 +251,10 @@ REWRITE = {"prompt": "{} is", "target_new": {"str": "b"}, "subject": "s"}
         ({**GOOD, "rephrases": ["a", 1]}, ["field 'rephrases[1]'", "number 1"]),
         ({**GOOD, "ood_prompts": {"a": 1}}, ["field 'ood_prompts'", "object"]),
         ({**GOOD, "locality": {"prompt": "a"}}, ["field 'locality'", "list of objects", "object"]),
-        ({**GOOD, "locality": ["a"]}, ["field 'locality[0]'", "expected an object", "text 'a'"]),
+        (
+            {**GOOD, "locality": ["a"]},
+            ["field 'locality[0]'", "expected an object", "text 'a'", '{"prompt": ..., "answer": ...}'],
+        ),
         ({**GOOD, "locality": [{"prompt": "a"}, {"answer": "a"}]}, ["field 'locality[1].prompt' is missing"]),
         ({**GOOD, "locality": [{"prompt": "a", "answer": 2}]}, ["field 'locality[0].answer'", "number 2"]),
         ({**GOOD, "locality": [{"prompt": "a", "anwser": "b"}]}, ["'locality[0].anwser'", "did you mean 'answer'"]),

@@ -11,11 +11,12 @@ becomes the id. The locality prompts of a record are for measuring, so no format
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from wise_fast.errors import EditDataError
 
 _MEASURED = ("rephrases", "ood_prompts", "locality", "truth")
+_PLACE = ("prompt", "answer")
 CANONICAL = ("prompt", "target", "subject", "irrelevant", "id", "messages", *_MEASURED)
 
 
@@ -75,11 +76,12 @@ def read_record(record: object) -> dict:
     return _READERS[matching[0]](record)
 
 
-def check_object(value: object, field: str | None) -> Mapping:
-    """`value` if it is a mapping; else EditDataError naming `field` (None: the record itself)."""
+def check_object(value: object, field: str | None, fields: Sequence[str] = ()) -> Mapping:
+    """`value` if it is a mapping; else EditDataError naming `field` (None: the record itself) and what belongs in it."""
     if not isinstance(value, Mapping):
         where = f"field '{field}': " if field else ""
-        raise EditDataError(f"{where}expected an object with named fields, got {shown(value)}; write it as {{...}}")
+        held = ", ".join(f'"{name}": ...' for name in fields) or "..."
+        raise EditDataError(f"{where}expected an object with named fields, got {shown(value)}; write it as {{{held}}}")
     return value
 
 
@@ -102,7 +104,7 @@ def _read_canonical(record: Mapping) -> dict:
     fields["locality"] = []
     for i, place in enumerate(places):
         inside = f"locality[{i}]"
-        _check_known(check_object(place, inside), ("prompt", "answer"), f"{inside}.")
+        _check_known(check_object(place, inside, _PLACE), _PLACE, f"{inside}.")
         answer = place.get("answer")
         answer = answer if answer is None else check_text(answer, f"{inside}.answer")
         fields["locality"].append({"prompt": _prompt(place, f"{inside}."), "answer": answer})
