@@ -77,7 +77,7 @@ def read_record(record: object) -> dict:
 
 
 def check_object(value: object, field: str | None, fields: Sequence[str] = ()) -> Mapping:
-    """`value` if it is a mapping; else EditDataError naming `field` (None: the record itself) and what belongs in it."""
+    """`value` if it is a mapping; else EditDataError naming `field` (None: the record) and what belongs in it."""
     if not isinstance(value, Mapping):
         where = f"field '{field}': " if field else ""
         held = ", ".join(f'"{name}": ...' for name in fields) or "..."
