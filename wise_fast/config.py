@@ -73,7 +73,7 @@ class WiseConfig:
             of all columns only).
         rehearsals: passes in which the edits of a shard that is full, or of memories that were merged by covariances
             (each time all that it holds by then), are learned once more, all together (`wise_fast.rehearsal`; protected
-            memories only), if that answers as many as before: it takes 16 passes and more. 0 leaves them be.
+            memories only), if that answers as many as before: 32 did for 50 edits. 0 leaves them be.
         density: share of entries that TIES keeps.
         route_by: what a score is: the norm of the side response ("score", the paper's), or that over the root of the
             prompt's leverage ("leverage"; protected memories that TIES does not merge only). The largest score over
