@@ -112,7 +112,14 @@ class Material:
         generator: torch.Generator,
         kind: type[Trainer] = Trainer,
     ) -> Trainer:
-        """Of a batch, given its rows of `examples` and its unrelated texts of `quiet_texts`; `p` is what protects."""
+        """Of a batch that is written into `memory`.
+
+        Args:
+            p: the memory's protection matrix, or None.
+            examples, quiet: its rows and unrelated texts, of the methods of like name.
+            generator: of what steps draw.
+            kind: of trainer.
+        """
         quiet = self._quiet_pool if quiet is None else self._quiet_pool.join(quiet)
         pad = tokens.pad_token(self.tokenizer)
         return kind(self.tail, memory, p, examples, quiet, self.config, self.unit, generator, pad)
@@ -159,7 +166,8 @@ class Material:
         return Texts(names, torch.cat(a), torch.cat(text), limit)
 
     def examples(self, edits: Sequence[Edit], places: Sequence[int]) -> list[list[tokens.Example]]:
-        """Training rows of these edits, the bare prompt first. EditDataError names one that is too long."""
+        """Training rows of these edits, the bare prompt first; `places` number them in the EditDataError of one that is
+        too long."""
         rows = []
         for place, edit in zip(places, edits, strict=True):
             texts = [edit.prompt, *(f"{prefix}. {edit.prompt}" for prefix in self.prefixes), *self._shortened(edit)]
