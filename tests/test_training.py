@@ -6,6 +6,7 @@ from torch import nn
 
 from tests.edited import D_FF, FACTS, QUICK, WIDTH, logits, make_editor, make_trainer
 from wise_fast import Edit, training
+from wise_fast.standing import Standing
 from wise_fast.tasks import evaluate
 from wise_fast.training import Trainer
 from wise_fast.vocabulary import Likely
@@ -132,10 +133,11 @@ class TestLearningRate:
 class TestDrawing:
     def test_steps_take_turns_between_the_bare_prompts_kind_and_the_longer_one(self):
         trainer = make_trainer(make_editor(prefixes=5, dropped=2, prefixes_per_step=2), FACTS)
+        standing = trainer.standing
         assert trainer.rows.kinds == [[0, 6, 7], [1, 2, 3, 4, 5]]
         for step in range(1, 9):
-            trainer.steps = [step - 1] * len(FACTS)
-            rows = trainer._draw([0, 2])
+            standing.steps = [step - 1] * len(FACTS)
+            rows = standing.draw([0, 2])
             if step % 2:
                 short = [n for n in trainer.rows.numbers([0, 2]) if n % 8 in (0, 6, 7)]
                 assert sorted(rows) == short and rows[0] == 0 and 16 in rows
@@ -145,26 +147,29 @@ class TestDrawing:
 
     def test_a_kind_that_is_fine_leaves_its_turn_to_one_that_is_not(self):
         trainer = make_trainer(make_editor(prefixes=5, dropped=2, prefixes_per_step=2), FACTS[:1])
-        trainer.held, trainer.nll = [True] * 8, [0.0] * 8
-        for trainer.steps in ([0], [1]):
-            trainer.nll[5] = 2 * trainer.config.nll
-            assert all(0 < row < 6 for row in trainer._draw([0]))
-            trainer.nll[5], trainer.held[0] = 0.0, False
-            assert 0 in trainer._draw([0])
-            trainer.held[0] = True
-            assert (0 in trainer._draw([0])) == (trainer.steps == [0])
+        standing = trainer.standing
+        standing.held, standing.nll = [True] * 8, [0.0] * 8
+        for standing.steps in ([0], [1]):
+            standing.nll[5] = 2 * trainer.config.nll
+            assert all(0 < row < 6 for row in standing.draw([0]))
+            standing.nll[5], standing.held[0] = 0.0, False
+            assert 0 in standing.draw([0])
+            standing.held[0] = True
+            assert (0 in standing.draw([0])) == (standing.steps == [0])
 
     def test_what_did_not_hold_comes_first_and_then_what_was_seen_longest_ago(self):
         trainer = make_trainer(make_editor(prefixes=5, prefixes_per_step=2), FACTS[:1])
-        trainer.held, trainer.seen = [True, True, False, True, True, True], [0, 1, 5, 3, 2, 4]
-        trainer.steps = [1]
-        assert trainer._draw([0]) == [2, 1]
+        standing = trainer.standing
+        standing.held, standing.seen = [True, True, False, True, True, True], [0, 1, 5, 3, 2, 4]
+        standing.steps = [1]
+        assert standing.draw([0]) == [2, 1]
 
     @pytest.mark.parametrize("prefixes, drawn", [(0, [0]), (1, [0, 1])])
     def test_fewer_than_wanted(self, prefixes, drawn):
         trainer = make_trainer(make_editor(prefixes=prefixes, prefixes_per_step=3), FACTS[:1])
-        for trainer.steps in ([0], [1]):
-            assert trainer._draw([0]) == drawn
+        standing = trainer.standing
+        for standing.steps in ([0], [1]):
+            assert standing.draw([0]) == drawn
 
 
 class TestSettling:
@@ -197,8 +202,8 @@ class TestSettling:
 
     def test_a_straggler_does_not_undo_the_rest_of_its_batch(self, monkeypatch):
         """One edit that never claims to hold takes all steps; the others are settled before, and keep what they had."""
-        claims = Trainer._claims
-        monkeypatch.setattr(Trainer, "_claims", lambda self, edit, *slack: edit != 3 and claims(self, edit, *slack))
+        claims = Standing.claims
+        monkeypatch.setattr(Standing, "claims", lambda self, edit, *slack: edit != 3 and claims(self, edit, *slack))
         editor = make_editor(max_steps=30)
         reports = editor.edit(FACTS)
         assert reports[3].steps == 30 and not reports[3].success

@@ -170,9 +170,7 @@ class WiseConfig:
             raise ConfigError("mode 'merge' needs shard_size: after how many edits a shard closes")
         if self.merging == "regmean" and (self.layout != "neuron" or not self.protect or self.mask_ratio < 1):
             given = f"layout {self.layout!r}, protect {self.protect}, mask_ratio {self.mask_ratio}"
-            raise ConfigError(
-                f"merging {self.merging!r} needs layout 'neuron', protect and mask_ratio 1; given: {given}"
-            )
+            raise ConfigError(f"merging 'regmean' needs layout 'neuron', protect and mask_ratio 1; given: {given}")
 
     def _require(self, name: str, holds, expected: str) -> None:
         value = getattr(self, name)

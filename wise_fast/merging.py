@@ -84,14 +84,14 @@ def merge_by_covariance(memories: Sequence[SideMemory], config: WiseConfig) -> t
     parts = [(m.taught.information.double(), m.values.double()) for m in known]
     information = torch.stack([c for c, _ in parts]).sum(0)
     values = torch.linalg.solve(information + _RIDGE * before, torch.stack([c @ d for c, d in parts]).sum(0))
-    keys = _sampled([key for m in known for key in m.taught.keys])
+    keys = [key for m in known for key in m.taught.keys]
     merged = first.replace(
         values=storable(values.float().contiguous()),
         names=_names(known),
         edits=tuple(e for m in known for e in m.edits),
-        taught=Taught(information.float().contiguous(), origin, keys),
+        taught=Taught(information.float().contiguous(), origin, ()),
     )
-    merged, _ = recalibrated(merged, torch.linalg.inv(information + before).float(), keys, (), config)
+    merged, _ = recalibrated(merged, protection_of(merged.taught), keys, (), config)
     return (*(m for m in memories if m.taught is None), merged)
 
 

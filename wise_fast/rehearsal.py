@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -53,15 +54,18 @@ def _rehearsed(material: Material, before: EditorState, state: EditorState) -> E
     if not (config.rehearsals and protected and finished):
         return state
     start, memory = time.perf_counter(), state.merged[-1]
+    reports = list(state.reports)
+    edits = [i for i in memory.edits if not reports[i].superseded]
     try:
-        memory, made = _Rehearsal(material, memory, shard, state).run()
+        memory, made = _Rehearsal(material, memory, shard, state, edits).run()
     except EditDiverged:
-        logger.warning("the rehearsal of %d edits diverged; they stay as they were", len(memory.edits))
-        return state
-    seconds = (time.perf_counter() - start) / max(1, len(made))
-    made = {i: report.replace(seconds=report.seconds + seconds) for i, report in made.items()}
-    reports = tuple(made.get(i, report) for i, report in enumerate(state.reports))
-    return state.replace(merged=(*state.merged[:-1], memory), reports=reports)
+        logger.warning("the rehearsal of %d edits diverged; they stay as they were", len(edits))
+        made = {}
+    seconds = (time.perf_counter() - start) / max(1, len(edits))
+    for i in edits:
+        report = made.get(i, reports[i])
+        reports[i] = report.replace(seconds=report.seconds + seconds)
+    return state.replace(merged=(*state.merged[:-1], memory), reports=tuple(reports))
 
 
 class _Practice(Trainer):
@@ -69,7 +73,7 @@ class _Practice(Trainer):
 
     def enter(self, passes: int) -> None:
         """Begin with all edits at once, as after so many of their steps."""
-        self.steps, self.quiet.always = [passes] * self.count, True
+        self.standing.steps, self.quiet.always = [passes] * self.count, True
         self._begin()
         self._begin_anew(range(self.count))
 
@@ -88,8 +92,9 @@ class _Practice(Trainer):
         everyone, before = list(range(self.count)), (self.lr, self.last_dropout)
         self.z, self.moments, self.since = z, moments, taken
         self.lr, self.last_dropout = pace * self.lr, 0.0 if whole else self.last_dropout
-        self._step(everyone, self._draw(everyone))
-        (self.lr, self.last_dropout), self.steps = before, [steps + 1 for steps in self.steps]
+        self._step(everyone, self.standing.draw(everyone))
+        self.lr, self.last_dropout = before
+        self.standing.steps = [steps + 1 for steps in self.standing.steps]
 
     @torch.no_grad()
     def look_again(self, z: Tensor) -> None:
@@ -118,16 +123,18 @@ class _Rehearsal:
 
     Args:
         shard: that the memory was; None for one that was merged by covariances.
-        state: with the reports of all edits; superseded ones are not rehearsed.
+        state: with the reports of all edits.
+        edits: those of the memory that no later one supersedes.
     """
 
-    def __init__(self, material: Material, memory: SideMemory, shard: Shard | None, state: EditorState):
+    def __init__(
+        self, material: Material, memory: SideMemory, shard: Shard | None, state: EditorState, edits: Sequence[int]
+    ):
         self.material, self.learned, self.shard, self.reports = material, memory, shard, state.reports
         self.memory = memory.replace(values=torch.zeros_like(memory.values))
         self.config, self.origin = material.config, memory.taught.origin if shard is None else shard.origin
         self.seed = seed_of(self.config.seed, "rehearsal", state.opened, state.merges)
         self.generator = torch.Generator().manual_seed(self.seed)
-        edits = [i for i in memory.edits if not state.reports[i].superseded]
         order = [edits[i] for i in torch.randperm(len(edits), generator=self.generator).tolist()]
         self.batches = [order[i : i + self.config.batch_size] for i in range(0, len(order), self.config.batch_size)]
         self.prompts = {report.edit.prompt for report in state.reports}

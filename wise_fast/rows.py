@@ -14,6 +14,7 @@ from torch import Tensor
 
 from wise_fast import objective
 from wise_fast.memory import SideMemory
+from wise_fast.scope import last_of
 from wise_fast.tail import Capture, Tail
 from wise_fast.tokens import Batch, Example, collate
 from wise_fast.vocabulary import Likely
@@ -139,16 +140,14 @@ class Group:
         begun = self.batch.prompt_mask.cummax(1).values
         return begun.flatten() & self.seen()
 
+    def endings(self, places: Sequence[int]) -> Tensor:
+        """[b*T] bool, which of these rows' `tokens` is the last of its prompt."""
+        prompt = self.batch.prompt_mask[torch.tensor(places, device=self.selected.device), : self.width(places)]
+        return torch.nn.functional.one_hot(last_of(prompt), prompt.shape[1]).bool().flatten()
+
     def ending(self, place: int) -> Tensor:
         """[d_ff], what the last token of a row's prompt activates."""
-        tokens = self.tokens([place])
-        return self.capture.a[tokens[self.batch.prompt_mask.flatten()[tokens]][-1]]
-
-    def endings(self, places: Sequence[int]) -> Tensor:
-        """[b, T] bool, which of these rows' `tokens` is the last of its prompt."""
-        prompt = self.batch.prompt_mask[torch.tensor(places, device=self.selected.device), : self.width(places)]
-        behind = torch.nn.functional.pad(prompt, (0, 1))[:, 1:]
-        return prompt & ~behind
+        return self.capture.a[self.tokens([place])[self.endings([place])]][0]
 
     def key(self, place: int) -> Tensor:
         """[n, K] activations of a row's prompt, for thresholds."""

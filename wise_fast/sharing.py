@@ -29,7 +29,7 @@ class PlainSaving:
         self.inner = inner
 
     def save_pretrained(self, *args, **kwargs):
-        if kwargs.get("state_dict") is None and len(args) < 3:
+        if kwargs.get("state_dict", args[2] if len(args) > 2 else None) is None:
             raise WiseError(
                 "model.save_pretrained would write a checkpoint that plain transformers loads without the edited "
                 "projection; use editor.save_pretrained (the edits), editor.export_dense (a plain checkpoint with the "

@@ -20,6 +20,7 @@ from wise_fast.memory import SideMemory
 from wise_fast.protection import gain, weight
 from wise_fast.quiet import Quiet
 from wise_fast.rows import Group, Look, Part, Rows, look_at
+from wise_fast.standing import Standing
 from wise_fast.tail import Tail
 from wise_fast.texts import Texts
 from wise_fast.tokens import Example
@@ -90,9 +91,7 @@ class Trainer:
         self.lr = self._learning_rate()
         # Behind the last layer's tokens nothing asks the others: a silent one would answer as the unedited model.
         self.last_dropout = 0.0 if tail.at_last_layer else config.last_dropout
-        total = self.count * self.variants
-        self.held, self.nll, self.seen = [False] * total, [float("inf")] * total, [0] * total
-        self.steps, self.taken = [0] * self.count, 0
+        self.standing = Standing(self.rows, config, _LOUD * config.beta * unit, generator)
         # P before the batch, and what it has absorbed of each settled edit.
         self.origin, self.absorbed = p, dict[int, Tensor]()
         self.z = torch.zeros_like(memory.values)
@@ -130,9 +129,9 @@ class Trainer:
                 self._release(todo)
             self._train(todo)
             last, fine = self._verify()
-            todo = [e for e in range(self.count) if not fine[e] and self.steps[e] < self.config.max_steps]
+            todo = [e for e in range(self.count) if not fine[e] and self.standing.steps[e] < self.config.max_steps]
         keys = [self.rows.key(edit) for edit in range(self.count)]
-        return Fit(self.memory.values, self.p, keys, self.rows.endings(), self.steps, first, last, fine)
+        return Fit(self.memory.values, self.p, keys, self.rows.endings(), self.standing.steps, first, last, fine)
 
     def _train(self, edits: Sequence[int]) -> None:
         """Steps for these edits, a few at a time: what claims to hold is settled, and the next takes its place.
@@ -150,17 +149,17 @@ class Trainer:
                 active, waiting, ended = active + entering, waiting[len(entering) :], []
                 self._begin_anew(entering)
                 continue
-            self._step(active, self._draw(active))
+            self._step(active, self.standing.draw(active))
             for edit in active:
-                self.steps[edit] += 1
+                self.standing.steps[edit] += 1
             ended += self._ended(active)
             active = [edit for edit in active if edit not in ended]
         self._write()
 
     def _ended(self, active: Sequence[int]) -> list[int]:
         """Edits that are trained no further: they claim to hold and unrelated texts are quiet, or no steps are left."""
-        config, steps = self.config, self.steps
-        claiming = [e for e in active if steps[e] >= config.min_steps and config.nll > 0 and self._claims(e)]
+        config, steps = self.config, self.standing.steps
+        claiming = [e for e in active if steps[e] >= config.min_steps and config.nll > 0 and self.standing.claims(e)]
         if claiming and not self.quiet.hushed(self.memory, self.z):
             claiming = []
         return [e for e in active if e in claiming or steps[e] >= config.max_steps]
@@ -209,34 +208,6 @@ class Trainer:
             self._absorb(gain(a @ self.p, a))
         self.quiet.protect(self.p)
 
-    def _draw(self, active: list[int]) -> list[int]:
-        """Rows of one step: of each active edit the bare prompt and a few others, or a few longer ones.
-
-        Where there are longer variants, steps take turns between those and the bare prompt's kind, so that no row is
-        padded to another kind's length. Rows that did not hold when last seen come first, then those unseen longest.
-        """
-        others = min(self.config.prefixes_per_step, self.variants - 1)
-        kinds = self.rows.kinds if others < self.variants - 1 else [range(self.variants)]
-        rows = []
-        for edit in active:
-            turn = self._turn(edit, kinds)
-            drawn = torch.rand(self.variants, generator=self.generator).tolist()
-            numbers = [n for n in turn if n % self.variants]
-            numbers.sort(key=lambda n: (self.held[n], self.seen[n], drawn[n % self.variants]))
-            rows += [n for n in turn if n % self.variants == 0] + numbers[:others]
-        return rows
-
-    def _turn(self, edit: int, kinds: Sequence[Sequence[int]]) -> list[int]:
-        """The edit's rows of the kind that is next; one that is fine leaves its turn to one that is not."""
-        first = self.steps[edit] % len(kinds)
-        mine = self.rows.numbers([edit])
-        turns = [[n for n in mine if n % self.variants in kind] for kind in (*kinds[first:], *kinds[:first])]
-        return next((turn for turn in turns if not all(map(self._fine, turn))), turns[0])
-
-    def _fine(self, number: int) -> bool:
-        """Whether a row asks for no more training, as last seen."""
-        return self.held[number] and self.nll[number] <= self.config.nll
-
     def _response(self, group: Group, places: Sequence[int]) -> Tensor:
         """Side response [b*T, d_out] of these rows, with what the batch has written so far."""
         tokens = group.tokens(places)
@@ -248,12 +219,13 @@ class Trainer:
             return None
         augmented = torch.tensor([group.numbers[place] % self.variants > 0 for place in places])
         drawn = torch.rand(len(places), generator=self.generator) < self.last_dropout
-        return (group.endings(places) & (augmented & drawn).to(group.selected.device)[:, None]).flatten()
+        chosen = (augmented & drawn).to(group.selected.device)
+        return group.endings(places) & chosen.repeat_interleave(group.width(places))
 
     def _step(self, active: list[int], rows: list[int]) -> None:
         """One optimiser step on these rows."""
-        self.taken, self.since = self.taken + 1, self.since + 1
-        quiet_tokens, quiet = self.quiet.loud(self.memory, self.z, self.taken)
+        self.standing.taken, self.since = self.standing.taken + 1, self.since + 1
+        quiet_tokens, quiet = self.quiet.loud(self.memory, self.z, self.standing.taken)
         quiet_score = self.quiet.scores(quiet, quiet_tokens)
         loudest = (quiet_score if len(quiet) else self.quiet.score).max()
         features = [self.quiet.features[quiet_tokens]]
@@ -272,7 +244,7 @@ class Trainer:
             losses = losses.index_add(0, edit, (seen.nll + margin_weight * margin) / drawn[edit])
             inputs.append((edit, part.response))
             features.append(group.features[group.tokens(places)])
-            self._note(group, places, seen)
+            self.standing.note(group, places, seen)
         total = losses.sum() + margin_weight * objective.irrelevant_margin(quiet_score, self.config, self.unit).sum()
         gradients = torch.autograd.grad(total, [quiet, *(response for _, response in inputs)])
         # A gradient can overflow where its loss does not, and would spoil the values that all edits share.
@@ -281,25 +253,6 @@ class Trainer:
             probe = probe.index_add(0, edit, 0 * gradient.view(len(edit), -1).sum(1))
         self._check_finite(probe[active], active)
         self._update(torch.cat(features), torch.cat(gradients))
-
-    def _note(self, group: Group, places: Sequence[int], look: Look) -> None:
-        """Remember what each row was like when last seen."""
-        loud = look.score.detach() / self.unit >= _LOUD * self.config.beta
-        rows = zip(places, (look.right & loud).tolist(), look.nll.tolist(), strict=True)
-        for place, held, nll in rows:
-            number = group.numbers[place]
-            self.held[number], self.nll[number], self.seen[number] = held, nll, self.taken
-
-    def _claims(self, edit: int, slack: float = 1.0) -> bool:
-        """Whether all rows of an edit, as last seen, are right and loud enough, and their mean NLL is low enough."""
-        numbers = self.rows.numbers([edit])
-        rows = [n for n in numbers if self.seen[n]]
-        # Rows that were never drawn are left to the verification, once there was time to draw them.
-        few = len(rows) < len(numbers) and self.steps[edit] < 2 * self.config.min_steps
-        if few or not self.seen[edit * self.variants]:
-            return False
-        mean = sum(self.nll[n] for n in rows) / len(rows)
-        return all(self.held[n] for n in rows) and mean <= slack * max(self.config.nll, 0.05)
 
     def _check_finite(self, loss: Tensor, active: list[int]) -> None:
         for edit, finite in zip(active, torch.isfinite(loss).tolist(), strict=True):
@@ -352,9 +305,9 @@ class Trainer:
         others = [n for n in self.rows.numbers(range(self.count)) if n % self.variants]
         for group, places, look in looks + self._look(others, full=False):
             self._check_finite(look.nll, [group.numbers[place] // self.variants for place in places])
-            self._note(group, places, look)
-        means = [fmean(self.nll[n] for n in self.rows.numbers([edit])) for edit in range(self.count)]
-        fine = [self._claims(edit, _SLACK) for edit in range(self.count)]
+            self.standing.note(group, places, look)
+        means = [fmean(self.standing.nll[n] for n in self.rows.numbers([edit])) for edit in range(self.count)]
+        fine = [self.standing.claims(edit, _SLACK) for edit in range(self.count)]
         if not all(fine):
             self._restrict(looks)
         return means, fine
