@@ -130,6 +130,13 @@ def test_what_diverges_stays_as_it_was_merged(monkeypatch, caplog):
     assert f"rehearsal of {len(FACTS)} edits diverged" in caplog.text
 
 
+def test_it_shows_that_it_is_alive():
+    editor, state = waiting(rehearsals=7)
+    shown = []
+    rehearsal.merge_closed(editor, state, lambda: shown.append(1))
+    assert len(shown) == 7 * 2 + 2  # two batches a pass, and to judge them
+
+
 @pytest.mark.parametrize("changes", NOT_REHEARSED)
 def test_what_is_not_to_be_rehearsed_is_not(monkeypatch, changes):
     monkeypatch.setattr(rehearsal, "_Rehearsal", None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from wise_fast.checkpoint import FILES
@@ -105,7 +106,8 @@ def _joined(shards: Shards, ranks: Ranks, taken_up: int, seconds: float) -> Outc
                 ranks.carry(data, source)
     if not ranks.first:
         return None
-    digest = shards.save([states[number] for number in range(shards.count)])
+    alive = partial(ranks.at, ranks.place)  # who waits must not take a long rehearsal for a rank that hangs
+    digest = shards.save([states[number] for number in range(shards.count)], alive)
     editor = shards.editor
     return Outcome(
         shards.out / PACK, editor.edits, taken_up, len(absent), seconds, memories=len(editor.memories), digest=digest

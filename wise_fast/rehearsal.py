@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from wise_fast.training import EditDiverged, Trainer
 
 logger = logging.getLogger(__name__)
 
+Alive = Callable[[], None]
 _GENTLE = 0.5  # of the learning rate of single edits: a step is followed by those of other edits
 _WARM, _LEAST = 10, 0.02  # steps until the learning rate is whole; the share of it at the end of its cosine
 _WHOLE = 0.75  # share of the passes behind which every token responds
@@ -40,12 +41,12 @@ def close_shard(material: Material, state: EditorState) -> EditorState:
     return _rehearsed(material, state, merging.close_shard(state, material.config))
 
 
-def merge_closed(material: Material, state: EditorState) -> EditorState:
-    """`merging.merge_closed`, likewise."""
-    return _rehearsed(material, state, merging.merge_closed(state, material.config))
+def merge_closed(material: Material, state: EditorState, alive: Alive | None = None) -> EditorState:
+    """`merging.merge_closed`, likewise; `alive` is called after every step of the rehearsal."""
+    return _rehearsed(material, state, merging.merge_closed(state, material.config), alive)
 
 
-def _rehearsed(material: Material, before: EditorState, state: EditorState) -> EditorState:
+def _rehearsed(material: Material, before: EditorState, state: EditorState, alive: Alive | None = None) -> EditorState:
     """The state with the memory that was finished rehearsed, if there is one and it is protected."""
     config = material.config
     shard = None if config.mode == "merge" else before.shard
@@ -57,7 +58,7 @@ def _rehearsed(material: Material, before: EditorState, state: EditorState) -> E
     reports = list(state.reports)
     edits = [i for i in memory.edits if not reports[i].superseded]
     try:
-        memory, made = _Rehearsal(material, memory, shard, state, edits).run()
+        memory, made = _Rehearsal(material, memory, shard, state, edits).run(alive or (lambda: None))
     except EditDiverged:
         logger.warning("the rehearsal of %d edits diverged; they stay as they were", len(edits))
         made = {}
@@ -141,7 +142,7 @@ class _Rehearsal:
         self._kept: dict[int, _Practice] = {}
         self._room, self._passes = _KEPT, 0
 
-    def run(self) -> tuple[SideMemory, dict[int, EditReport]]:
+    def run(self, alive: Alive) -> tuple[SideMemory, dict[int, EditReport]]:
         """The memory that holds them together, and the report of each; as it was learned, and no reports, if that
         answers more of them. EditDiverged if a loss is NaN or infinite."""
         z = torch.zeros_like(self.memory.values)
@@ -157,7 +158,8 @@ class _Rehearsal:
                     practice.look_again(z)
                 whole = self._passes >= _WHOLE * passes
                 practice.practise(z, moments, step, _pace(step, passes * count), whole)
-            return self._judged(self.memory.replace(values=storable(self.origin @ z)))
+                alive()
+            return self._judged(self.memory.replace(values=storable(self.origin @ z)), alive)
 
     def _practice(self, number: int) -> _Practice:
         """Of a batch, as it was left if there was room to keep it."""
@@ -175,7 +177,7 @@ class _Rehearsal:
             self._kept[number] = practice
         return practice
 
-    def _judged(self, memory: SideMemory) -> tuple[SideMemory, dict[int, EditReport]]:
+    def _judged(self, memory: SideMemory, alive: Alive) -> tuple[SideMemory, dict[int, EditReport]]:
         made, keys, before = {}, [], 0
         for number, batch in enumerate(self.batches):
             practice = self._practice(number)
@@ -184,6 +186,7 @@ class _Rehearsal:
                 steps, note = self.reports[edit].steps + self.config.rehearsals, "" if right else NOT_FITTED
                 made[edit] = self.reports[edit].replace(steps=steps, loss=loss, success=right, note=note)
                 keys.append((edit, key))
+            alive()
         holds = {edit for edit, report in made.items() if report.success}
         if len(holds) < before:
             logger.warning("rehearsal answers %d of %d edits; they stay as learned (%d)", len(holds), len(made), before)

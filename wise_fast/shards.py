@@ -159,8 +159,11 @@ class Shards:
         checkpoints, batches = self._files(number)
         write_directory(checkpoints.path(batches), files, FILES)
 
-    def save(self, states: Sequence[EditorState]) -> str:
+    def save(self, states: Sequence[EditorState], alive: Callable[[], None] | None = None) -> str:
         """Join all shards, in their order, serve them in the editor and write the pack.
+
+        Args:
+            alive: called now and then, where that takes long.
 
         Returns:
             The digest of the state that was saved.
@@ -170,7 +173,7 @@ class Shards:
         """
         state = joined(states)
         if len(state.closed) > 1:
-            state = rehearsal.merge_closed(self.editor, state)
+            state = rehearsal.merge_closed(self.editor, state, alive)
         self.editor.state = state
         self.editor.save_pretrained(self.out / PACK)
         return Digester().digest(state)
