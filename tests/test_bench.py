@@ -2,6 +2,7 @@
 
 import json
 import math
+import mmap
 from dataclasses import asdict
 
 import pytest
@@ -148,12 +149,15 @@ def test_a_failed_probe_says_why(source, monkeypatch):
 def test_the_high_water_mark_follows_an_allocation_and_is_reset():
     exact = memory.reset_peak()
     before = memory.peak()
-    block = torch.ones(16_000_000)
-    assert memory.peak() >= before + 0.9 * block.nbytes
-    del block
-    if exact:
-        memory.reset_peak()
-        assert memory.peak() < before + 0.5 * 64e6
+    if not exact:
+        assert before > 0  # the mark of a whole life: nothing that this test allocates need reach it
+        return
+    size = 64_000_000
+    with mmap.mmap(-1, size) as pages:  # new pages: malloc may hand out a freed block that is resident already
+        pages.write(b"1" * size)
+        assert memory.peak() >= before + 0.9 * size
+    memory.reset_peak()
+    assert memory.peak() < before + 0.5 * size
 
 
 def test_storage_is_measured_against_one_dense_copy(capsys, source, tmp_path):
