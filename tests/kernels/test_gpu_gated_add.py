@@ -127,10 +127,10 @@ def test_element_layout_strides_scope_and_empty_inputs(poisoned, tokens):
     assert torch.equal(y, before)
 
 
-@pytest.mark.parametrize("width,tokens", [(170, 2), (170, 9), (600, 2), (600, 70)])
-def test_element_layout_with_rows_of_many_words_and_splits_of_a_long_sum(poisoned, width, tokens):
-    bank, a = element_bank((0.2, 0.6), width=width, outputs=50), normal(2 * tokens, width)
-    y, choice = torch.zeros(2 * tokens, 50), torch.tensor([1, 0])
+@pytest.mark.parametrize("width,tokens,outputs", [(170, 2, 50), (170, 9, 50), (600, 2, 17), (600, 70, 17)])
+def test_element_layout_with_rows_of_many_words_and_splits_of_a_long_sum(poisoned, width, tokens, outputs):
+    bank, a = element_bank((0.2, 0.6), width=width, outputs=outputs), normal(2 * tokens, width)
+    y, choice = torch.zeros(2 * tokens, outputs), torch.tensor([1, 0])
     got = y.to(DEVICE, copy=True)
     element.gated_add_element(got, *(t.to(DEVICE) for t in (a, *bank, choice)))
     expected = reference.gated_add(y, a, reference.dense_element(*bank, width), choice)
