@@ -13,6 +13,7 @@ from wise_fast.architectures import default_layer, evaluating, find_architecture
 from wise_fast.errors import ConfigError, UnsupportedModelError
 
 PROJECTIONS = {
+    "lfm2": ("model", "model.layers.{}.feed_forward.w2"),
     "gpt2": ("transformer", "transformer.h.{}.mlp.c_proj"),
     "gptj": ("transformer", "transformer.h.{}.mlp.fc_out"),
     "gpt_neox": ("gpt_neox", "gpt_neox.layers.{}.mlp.dense_4h_to_h"),
@@ -143,7 +144,7 @@ REFUSED = {
     "bidirectional": (bert("BertLMHeadModel"), "see later ones"),
     "base": (lambda: tiny_model("llama").model, "LlamaModel has no LM head"),
     "classifier": (classifier, "no LM head"),
-    "mamba": (mamba, "MambaForCausalLM"),
+    "mamba": (mamba, r"MambaForCausalLM ends a convolution over tokens \(MambaMixer\)"),
     "module": (lambda: nn.Sequential(nn.Linear(3, 3)), "Sequential is not a transformers model"),
 }
 

@@ -277,7 +277,7 @@ def test_what_cannot_be_wrapped(base):
 def test_from_mlp_wraps_and_restores(family):
     model = tiny_model(family)
     layers = model.get_decoder().layers if hasattr(model.get_decoder(), "layers") else model.get_decoder().h
-    mlp = layers[1].mlp
+    mlp = layers[1].feed_forward if family == "lfm2" else layers[1].mlp
     x = torch.randn(2, 3, 32)
     expected, before = mlp(x), dict(mlp.named_modules())
     ffn = DualMemoryFFN.from_mlp(mlp)

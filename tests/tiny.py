@@ -46,6 +46,12 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", _GEMMA),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", _GEMMA),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", {k: v for k, v in _LLAMA.items() if k != "head_dim"}),
+    "lfm2": (
+        "Lfm2Config",
+        "Lfm2ForCausalLM",
+        {k: v for k, v in _LLAMA.items() if k != "head_dim"}
+        | dict(block_auto_adjust_ff_dim=False, layer_types=["conv", "full_attention"] * (LAYERS // 2)),
+    ),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", _GPT | dict(n_inner=D_FF, tie_word_embeddings=True)),
     "gptj": ("GPTJConfig", "GPTJForCausalLM", _GPT | dict(n_inner=D_FF, rotary_dim=4)),
     "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", _NEOX),

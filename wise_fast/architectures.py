@@ -21,8 +21,9 @@ from wise_fast.errors import ConfigError, UnsupportedModelError
 
 SUPPORTED = (
     "decoder-only causal LMs with a dense FFN, such as Llama, Mistral, Qwen2, Qwen3, Gemma 2 and 3, Phi-3, GPT-2, "
-    "GPT-J, GPT-NeoX and OPT"
+    "GPT-J, GPT-NeoX, OPT and LFM2"
 )
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # over tokens, as LFM2 and Qwen3.5 have beside attention
 _EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -223,7 +224,8 @@ def _find_layers(model, config, calls, names) -> list[nn.Module]:
 
 def _find_projection(model: nn.Module, layer: nn.Module, calls: dict[nn.Module, _Call]) -> nn.Module:
     family = type(model).__name__
-    stacked = [name for name, p in layer.named_parameters() if p.ndim > 2]
+    kernels = {id(m.weight) for m in layer.modules() if isinstance(m, _CONVOLUTIONS)}
+    stacked = [name for name, p in layer.named_parameters() if p.ndim > 2 and id(p) not in kernels]
     if stacked or any("expert" in name.lower() for name, _ in layer.named_modules()):
         raise UnsupportedModelError(
             f"{family} has expert weights in its layers ({(stacked or ['experts'])[0]}); supported: {SUPPORTED}"
@@ -243,6 +245,12 @@ def _find_projection(model: nn.Module, layer: nn.Module, calls: dict[nn.Module, 
             f"the FFN's value projection of {family} is a {type(found).__module__}.{type(found).__name__}{kind}, "
             f"expected nn.Linear or Conv1D, in floating point or with in_features, out_features and a packed weight; "
             f"load the model unquantized. Supported: {SUPPORTED}"
+        )
+    holder = next(m for m in layer.modules() if found in set(m.children()))
+    if any(isinstance(m, _CONVOLUTIONS) for m in holder.modules()):
+        raise UnsupportedModelError(
+            f"the last linear map of a layer of {family} ends a convolution over tokens ({type(holder).__name__}), not "
+            f"an FFN; supported: {SUPPORTED}"
         )
     # An FFN widens: what ends in a narrow linear map is an adapter (LoRA), what has too few of them no transformer.
     width = _width(model)
