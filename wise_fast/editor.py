@@ -95,7 +95,7 @@ class WiseEditor(Material, Packs, Sharing):
         """
         self._require_own()
         compiled.require_live_weights()
-        require_gradients(self.model, self.architecture, self.projection.dtype)
+        self.tail.fewest = require_gradients(self.model, self.architecture, self.projection.dtype)
         given = rendered(self.tokenizer, as_edits(edits))
         kept, superseded = deduplicate(given)
         reports: dict[int, EditReport] = {

@@ -3,35 +3,77 @@ have none, and say nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wise_fast import place
 from wise_fast.architectures import Architecture
 from wise_fast.errors import UnsupportedModelError
 
 _SLACK = 0.25  # activations may be rounded to eight bits
+_ROWS = (1, 3, 16, 64)
 
 
-def require_gradients(model: nn.Module, architecture: Architecture, dtype: torch.dtype) -> None:
+def require_gradients(model: nn.Module, architecture: Architecture, dtype: torch.dtype) -> dict[str, int]:
     """Raise unless edits can be trained through the quantized layers behind the projection; one of each kind is asked.
 
     Args:
         dtype: of the activations.
 
+    Returns:
+        By name, the layers whose kernel for few rows has no gradient, while that for more has (GGUF's), and how many
+        rows they want at least.
+
     Raises:
         UnsupportedModelError: a layer's gradient is missing or is not that of its output.
     """
-    behind = [model.get_submodule(name) for name in (*architecture.layers[architecture.layer + 1 :], architecture.head)]
-    quantized = [m for part in behind for m in part.modules() if place.is_quantized(m)]
-    for module in {(type(m), type(m.weight)): m for m in quantized}.values():
-        if not all(_passes(module, rows, dtype) for rows in (1, 3)):
+    layers: dict[str, nn.Module] = {}
+    for part in (*architecture.layers[architecture.layer + 1 :], architecture.head):
+        inside = model.get_submodule(part).named_modules(prefix=part)
+        layers.update((name, module) for name, module in inside if place.is_quantized(module))
+    fewest: dict[tuple, int | None] = {}
+    for module in layers.values():
+        if _kind(module) in fewest:
+            continue
+        fewest[_kind(module)] = found = _fewest_rows(module, dtype)
+        if found is None:
             kind = f"{type(module).__module__}.{type(module).__name__}"
             raise UnsupportedModelError(
                 f"no right gradient passes through the quantized {kind} on {place.device_of(module)}, so nothing can "
                 "be taught through it; saved edits can be served. Edit with another quantization, on a device where it "
                 "can be trained (bitsandbytes in 4 bits: not on a CPU), or with the last layer as WiseConfig.layer"
             )
+    return {name: fewest[_kind(module)] for name, module in layers.items() if fewest[_kind(module)] > _ROWS[0]}
+
+
+def with_rows(count: int, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A linear map's forward that repeats the first of its rows until there are `count`, where a gradient is wanted."""
+
+    def repeated(x: Tensor) -> Tensor:
+        rows = x.shape[:-1].numel()
+        if not x.requires_grad or not 0 < rows < count:
+            return forward(x)
+        flat = x.reshape(rows, -1)
+        y = forward(torch.cat([flat, flat[:1].expand(count - rows, -1)]))
+        return y[:rows].reshape(*x.shape[:-1], -1)
+
+    return repeated
+
+
+def _kind(module: nn.Module) -> tuple[type, type]:
+    return type(module), type(module.weight)
+
+
+def _fewest_rows(module: nn.Module, dtype: torch.dtype) -> int | None:
+    """From how many rows on the gradient is right; None where it never is."""
+    found = None
+    for rows in reversed(_ROWS):
+        if not _passes(module, rows, dtype):
+            break
+        found = rows
+    return found
 
 
 @torch.enable_grad()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from wise_fast import place
 from wise_fast.architectures import Architecture, evaluating
 from wise_fast.axes import SHAPES, Axis, axes_of, pick
+from wise_fast.gradients import with_rows
 
 Axes = dict[str, list[list[Axis]]]
 
@@ -74,11 +75,16 @@ class Capture:
 
 
 class Tail:
-    """Capture and replay for one model and one edited projection."""
+    """Capture and replay for one model and one edited projection.
+
+    Attributes:
+        fewest: of `require_gradients`, rows that layers behind the projection are given at least, by name.
+    """
 
     def __init__(self, model: nn.Module, architecture: Architecture):
         self.model = model
         self.architecture = architecture
+        self.fewest: dict[str, int] = {}
         self._evaluates = False
 
     @property
@@ -169,8 +175,8 @@ class Tail:
                 stack.enter_context(_forward(module, _stop_at(states)))
                 stack.enter_context(suppress(_Reached))
                 self._run(part[0])
-        forward = module.forward if head is None else lambda h: nn.functional.linear(h, *head)
         with self._replaying(*parts[-1]) as stack:
+            forward = module.forward if head is None else lambda h: nn.functional.linear(h, *head)
             stack.enter_context(_forward(module, lambda h: forward(torch.cat([*states, h], 1))))
             return self._run(parts[-1][0]).logits[0]
 
@@ -178,6 +184,9 @@ class Tail:
     def _replaying(self, capture: Capture, y: Tensor, positions: Tensor) -> Iterator[ExitStack]:
         """Play the tape; the last FFN and the head see label positions alone."""
         with self._playing(capture, y) as stack:
+            for name, rows in self.fewest.items():
+                module = self.model.get_submodule(name)
+                stack.enter_context(_forward(module, with_rows(rows, module.forward)))
             stack.enter_context(self.head_at(positions))
             *later, last = self.architecture.ffns[self.architecture.layer :]
             self._skip_padding(stack, later, capture.attention_mask)
