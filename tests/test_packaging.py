@@ -74,7 +74,8 @@ def test_extras_named_by_extras_exist(project):
         if canonicalize_name(req.name) == "wise-fast"
         for extra in req.extras
     }
-    assert named <= set(extras) and set(extras) == {"cli", "plot", "demo", "eval", "serve", "quant", "bench", "dev"}
+    assert named <= set(extras)
+    assert set(extras) == {"cli", "plot", "demo", "gguf", "eval", "serve", "quant", "bench", "dev"}
 
 
 def test_installed_version_is_the_one_in_pyproject(project):

