@@ -161,6 +161,13 @@ class TestSameFactTwice:
             choices(editor, [FIRST.prompt]) == choices(editor, [FACTS[2].prompt]) != choices(editor, [FACTS[1].prompt])
         )
 
+    def test_what_is_forgotten_by_name_costs_the_others_nothing(self):
+        editor = make_editor(FACTS[:4], shard_size=4, mask_ratio=1.0)
+        (before,) = editor.memories
+        editor.edit([Edit(fact.prompt, "xx") for fact in FACTS[:3]])
+        assert torch.equal(editor.memories[0].values, before.values)
+        assert answer(editor, [fact.prompt for fact in FACTS[:4]]) == ["xx"] * 3 + [FACTS[3].target]
+
     def test_a_superseded_edit_is_not_scored(self):
         editor = make_editor(FACTS[:2])
         editor.edit(SECOND)

@@ -19,6 +19,8 @@ from wise_fast import scope
 from wise_fast.errors import ConfigError
 from wise_fast.subjects import Names, places, together
 
+_HELD = 0.03  # of an activation's square: directions that are freer than that are let go of where an edit is forgotten
+
 
 @dataclass(frozen=True)
 class Taught:
@@ -103,21 +105,26 @@ class SideMemory:
         return side[0]
 
     def forget(self, edit: int, a: Tensor) -> SideMemory:
-        """The memory without the name of one of its edits, and without its response to the prompt's activations
-        [n, d_ff]: `D <- D - P A^T (A P A^T)^-1 A D`, which moves other responses as little as the leverage factor knows
-        them. The element layout keeps it.
+        """The memory that is no longer asked for one of its edits: it loses the edit's name. One without names loses of
+        its response to the prompt's activations [n, d_ff] what can be taken without moving others much,
+
+            D <- D - P A^T (A P A^T + r)^-1 A D
+
+        with `P` as the leverage factor knows it: where all of a prompt's directions were taught, next to nothing is left
+        to take it from. The element layout keeps it.
         """
-        names = None if self.names is None else self.names.without([self.edits.index(edit)])
+        if self.names is not None:
+            return self.replace(names=self.names.without([self.edits.index(edit)]))
         if self.layout == "element":
-            return self.replace(names=names)
+            return self
         selected = self.select(a)
         reached = selected if self.factor is None else selected @ self.factor
         gram = (reached @ reached.t()).double()
-        gram.diagonal().add_(1e-4 * gram.diagonal().mean())  # more tokens than columns of the factor, or equal ones
+        gram.diagonal().add_(_HELD * selected.square().sum(-1).mean())
         share = torch.linalg.solve(gram, self.respond(selected).double()).float()
         moved = reached.t() @ share
         moved = moved if self.factor is None else self.factor @ moved
-        return self.replace(names=names, values=storable(self.values - moved))
+        return self.replace(values=storable(self.values - moved))
 
     def dense(self) -> Tensor:
         """`D` as [d_out, d_ff], for export and tests."""
