@@ -11,7 +11,7 @@ from wise_fast.data import Edit
 from wise_fast.merging import merge_closed
 from wise_fast.metrics import answer
 from wise_fast.rehearsal import _Practice
-from wise_fast.training import EditDiverged
+from wise_fast.training import EditDiverged, Trainer
 
 REHEARSED = dict(mode="merge", merging="regmean", mask_ratio=1.0, shard_size=1, shards=4, batch_size=2, rehearsals=10)
 NOT_REHEARSED = [
@@ -134,7 +134,7 @@ def test_it_shows_that_it_is_alive():
     editor, state = waiting(rehearsals=7)
     shown = []
     rehearsal.merge_closed(editor, state, lambda: shown.append(1))
-    assert len(shown) == 7 * 2 + 2  # two batches a pass, and to judge them
+    assert len(shown) == 7 * 2 + 1  # two batches a pass, and to judge all
 
 
 @pytest.mark.parametrize("changes", NOT_REHEARSED)
@@ -162,10 +162,49 @@ class TestFullShards:
             assert torch.equal(plain.memories[0].factor, editor.memories[0].factor)
 
     def test_one_that_is_not_full_waits(self):
-        plain, editor = (make_editor(FACTS[:3], shard_size=3 + n, rehearsals=4) for n in (1, 0))
+        plain, editor = (make_editor(FACTS[:3], shard_size=3 + n, rehearsals=20) for n in (1, 0))
         again = make_editor(FACTS[:3], shard_size=4, rehearsals=0)
         assert torch.equal(plain.memories[0].values, again.memories[0].values)
         assert not torch.equal(plain.memories[0].values, editor.memories[0].values)
+
+    def test_what_they_do_not_answer_is_learned_in_the_next(self, monkeypatch):
+        monkeypatch.setattr(rehearsal._Rehearsal, "_left", lambda self, memory, made: [1] if 1 in made else [])
+        editor = make_editor(shard_size=3, rehearsals=20)
+        reports = editor.edit(FACTS[:3])
+        assert [m.edits for m in editor.memories] == [(0, 2), (1,)] and len(editor.edits) == 3
+        assert all(m.names.are_sound(len(m.edits), m.shape[1]) for m in editor.memories)
+        assert reports == editor.edits and all(report.success for report in reports)
+        assert reports[1].steps > 0 and reports[1].loss_before > 1 and reports[1].loss < 0.5
+        for own, fact, report in zip((0, 1, 0), FACTS[:3], reports, strict=True):
+            logits(editor.model, [fact.prompt])
+            assert editor.routing.choice.tolist() == [own]
+            assert float(editor.routing.scores[0, own]) == pytest.approx(report.score, rel=1e-3)
+        editor.edit(FACTS[3:])
+        assert [m.edits for m in editor.memories] == [(0, 2), (1, 3)] and answer(editor, PROMPTS) == TARGETS
+        editor.rollback(1)
+        assert [m.edits for m in editor.memories] == [(0, 2), (1,)]
+        editor.rollback(1)
+        assert not editor.memories and not editor.edits
+
+    def test_what_diverges_in_the_next_is_reported(self, monkeypatch, caplog):
+        monkeypatch.setattr(rehearsal._Rehearsal, "_left", lambda self, memory, made: [1])
+        editor = make_editor(shard_size=3, rehearsals=20)
+        run = Trainer.run
+
+        def diverging(trainer):
+            if trainer.count == 1:
+                raise EditDiverged(0)
+            return run(trainer)
+
+        monkeypatch.setattr(Trainer, "run", diverging)
+        reports = editor.edit(FACTS[:3])
+        assert [report.success for report in reports] == [True, False, True] and "diverged" in reports[1].note
+        assert [m.edits for m in editor.memories][0] == (0, 2)
+
+    def test_one_that_answers_less_than_half_stays_as_it_was_learned(self, caplog):
+        plain, editor = (make_editor(FACTS, shard_size=4, rehearsals=n) for n in (0, 1))
+        assert torch.equal(plain.memories[0].values, editor.memories[0].values)
+        assert "they stay as learned (4)" in caplog.text
 
     def test_taking_it_back_takes_the_rehearsal_back(self):
         editor = make_editor(FACTS[:3], shard_size=4, batch_size=1, rehearsals=4)

@@ -90,7 +90,7 @@ def test_only_the_edit_that_is_named_says_how_a_prompt_ends():
 def test_of_several_memories_the_one_that_knows_the_ending_keeps_its_threshold():
     same, ways = [[0.0, 0.0], [2.0, 0.0]], [[1.0, 0.0], [0.6, 0.8]]
     two = dict(owners=[0, 1], given=(0.5, 0.5), endings=ways)
-    assert thresholds([5, 3], (5,), (5,), a=same, **two) == pytest.approx([0.5, 0.5 * 400**0.5])
+    assert thresholds([5, 3], (5,), (5,), a=same, **two) == pytest.approx([0.5, 0.5 * 40000**0.5])
     assert thresholds([5, 3], (5,), (6,), a=same, **two) == [0.5, INF]
     assert thresholds([6, 3], (5,), (6,), a=same, **two) == [INF, 0.5]  # a closed one makes no other louder
     first, second = thresholds([5, 3], (5,), (5,), a=[[0.0, 0.0], [1.0, 1.0]], **two)

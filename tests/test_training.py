@@ -22,8 +22,8 @@ def weighted_nll(config, logits, target):
 
 
 def plain_loss(editor, trainer, facts, delta):
-    """The whole loss by ordinary forwards of the model, row by row, with a dense delta [d_out, d_ff]; with a
-    `last_dropout` of 1, no augmented prompt's last token responds."""
+    """The whole loss by ordinary forwards of the model, row by row, with a dense delta [d_out, d_ff]; with the
+    trainer's `last_dropout` of 1, no augmented prompt's last token responds."""
     config, unit = editor.config, editor.unit
     kept, silent = [], []
 
@@ -38,7 +38,7 @@ def plain_loss(editor, trainer, facts, delta):
     for rows in editor.examples(facts, range(len(facts))):
         for variant, row in enumerate(rows):
             ids = torch.tensor([[*row.prompt, *row.target[:-1]]])
-            silent[:] = [len(row.prompt) - 1] if variant and config.last_dropout == 1 else []
+            silent[:] = [len(row.prompt) - 1] if variant and trainer.last_dropout == 1 else []
             found = editor.model(ids).logits[0, len(row.prompt) - 1 :]
             losses.append(weighted_nll(config, found, row.target))
             scores.append(kept[-1][0, row.context : len(row.prompt)].norm(dim=-1).mean() / unit)
@@ -55,11 +55,12 @@ class TestGradient:
     @pytest.mark.parametrize("dropout", [0.0, 1.0])
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_a_step_is_the_masked_gradient_of_the_plain_loss(self, layout, dropout):
-        settings = dict(lr=0.5, alpha=1e-3, mask_ratio=0.3, first_token=3.0, last_dropout=dropout)
+        settings = dict(lr=0.5, alpha=1e-3, mask_ratio=0.3, first_token=3.0)
         editor = make_editor(layout=layout, optimizer="sgd", units="absolute", **settings)
         size = editor._open_shard(editor._state).shard.memory.values.shape
         values = 0.01 * torch.randn(size, generator=torch.Generator().manual_seed(2))
         trainer = make_trainer(editor, FACTS[:2], values)
+        trainer.last_dropout = dropout
         delta = trainer.memory.dense().clone().requires_grad_()
         (gradient,) = torch.autograd.grad(plain_loss(editor, trainer, FACTS[:2], delta), delta)
         trainer._begin_anew([0, 1])
@@ -104,10 +105,11 @@ class TestGradient:
             assert parameter.grad is None and parameter.requires_grad and torch.equal(parameter, before[name])
 
     def test_an_edit_alone_and_in_a_batch_start_with_the_same_gradient(self):
-        editor = make_editor(optimizer="sgd", units="absolute", lr=0.5, margin_weight=0.0, last_dropout=1.0)
+        editor = make_editor(optimizer="sgd", units="absolute", lr=0.5, margin_weight=0.0)
         steps = []
         for facts in (FACTS[:1], FACTS[1:2], FACTS[:2]):
             trainer = make_trainer(editor, facts)
+            trainer.last_dropout = 1.0
             trainer._begin_anew(range(len(facts)))
             trainer._step(list(range(len(facts))), list(range(2 * len(facts))))
             steps.append(trainer.z)

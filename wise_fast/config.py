@@ -41,9 +41,6 @@ class WiseConfig:
             the right tokens before them, so the first carries the edit.
         prefixes, prefix_tokens: augmentation texts that the model generates itself, and their length.
         dropped, drop_rate: augmented prompts that lack a random share of their words (never the subject's).
-        last_dropout: how often, in a step, the last token of an augmented prompt gets no response: where the model has
-            put the question together wording shows most, and an edit that other tokens carry as well is found in other
-            words too (seen on the demo model alone, so none by default; not where the last layer is edited).
         prefixes_per_step: how many augmented prompts each step draws beside the bare one, or of the longer ones alone
             in every other step; all of them when there are no more.
         near, near_limit: neighbours (the prompt asked of other subjects) that an edit must leave quiet, and how loud
@@ -73,7 +70,10 @@ class WiseConfig:
             of all columns only).
         rehearsals: passes in which the edits of a shard that is full, or of memories that were merged by covariances
             (each time all that it holds by then), are learned once more, all together (`wise_fast.rehearsal`; protected
-            memories only), if that answers as many as before: 32 did for 50 edits. 0 leaves them be.
+            memories only). Those that are not answered after it are learned in the next shard. 0 leaves them be.
+        last_dropout: how often, in a step of those, the last token of an augmented prompt gets no response: where the
+            model has put the question together wording shows most, and an edit that other tokens carry as well is found
+            in other words too (not where the last layer is edited).
         density: share of entries that TIES keeps.
         route_by: what a score is: the norm of the side response ("score", the paper's), or that over the root of the
             prompt's leverage ("leverage"; protected memories that TIES does not merge only). The largest score over
@@ -107,7 +107,6 @@ class WiseConfig:
     prefixes_per_step: int = 2
     dropped: int = 2
     drop_rate: float = 0.25
-    last_dropout: float = 0.0
     near: int = 2
     near_limit: float = 3.0
     alpha: float = 0.5
@@ -128,6 +127,7 @@ class WiseConfig:
     mode: str = "retrieve"
     merging: str = "ties"
     rehearsals: int = 0
+    last_dropout: float = 0.5
     density: float = 0.5
     route_by: str = "leverage"
     reduction: str = "mean"
@@ -198,7 +198,6 @@ class WiseConfig:
             prefix_tokens=10,
             prefixes_per_step=10,
             dropped=0,
-            last_dropout=0.0,
             near=0,
             alpha=5.0,
             beta=20.0,
@@ -209,6 +208,7 @@ class WiseConfig:
             shard_size=None,
             shard_fill=None,
             rehearsals=0,
+            last_dropout=0.0,
             protect=False,
             by_subject=False,
             route_by="score",

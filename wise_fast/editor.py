@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from wise_fast import capacity, compiled, protection, rehearsal, tokens
+from wise_fast import capacity, compiled, tokens
 from wise_fast.architectures import find_architecture
-from wise_fast.calibration import calibrated
 from wise_fast.chat import rendered
 from wise_fast.config import WiseConfig
 from wise_fast.data import Edit, as_edits, deduplicate
 from wise_fast.errors import ConfigError, WiseError
 from wise_fast.ffn import DualMemoryLinear
 from wise_fast.gradients import require_gradients
-from wise_fast.material import Material, seed_of
-from wise_fast.memory import SideMemory, storable
+from wise_fast.learning import Learning
+from wise_fast.memory import SideMemory
 from wise_fast.pack_rows import OWN
 from wise_fast.packs import Packs
 from wise_fast.routing import Generation, Routing
 from wise_fast.sharing import PlainSaving, Sharing
-from wise_fast.state import NOT_FITTED, EditorState, EditReport, Shard
-from wise_fast.subjects import extended
+from wise_fast.state import EditorState, EditReport
 from wise_fast.tail import Tail
-from wise_fast.training import EditDiverged, Fit
 from wise_fast.turns import change, in_turn
 
 logger = logging.getLogger(__name__)
 
 
-class WiseEditor(Material, Packs, Sharing):
+class WiseEditor(Learning, Packs, Sharing):
     """Edits a Hugging Face causal LM in place; the model stays usable through `model(...)` and `model.generate`.
 
     `edit` teaches, `disabled()` is a block with the unedited model, `checkpoint` and `rollback` undo, `save_pretrained`
@@ -112,7 +108,7 @@ class WiseEditor(Material, Packs, Sharing):
                 rows = slice(first, first + count)
                 state, batch = self._edit_batch(state, kept[rows], examples[rows])
                 if self._room(state) == 0:
-                    state = rehearsal.close_shard(self, state)
+                    state = self._closed(state)
                 if len(state.reports) > len(self._state.reports):  # a batch that diverged as a whole leaves no trace
                     self._commit(state)
                 reports.update(zip(places[rows], batch, strict=True))
@@ -132,90 +128,6 @@ class WiseEditor(Material, Packs, Sharing):
         """Raise EditDataError, as `edit` would, if one of these `edits` cannot be learned."""
         for place, edit in enumerate(rendered(self.tokenizer, edits)):
             self.examples([edit], [place])
-
-    def _open_shard(self, state: EditorState) -> EditorState:
-        """The state with an open shard."""
-        if state.shard is not None:
-            return state
-        generator = torch.Generator().manual_seed(seed_of(self.config.seed, "mask", state.opened))
-        shape = (self.architecture.d_out, self.architecture.d_ff)
-        memory = SideMemory.blank(self.config.layout, shape, self.config.mask_ratio, generator, self.device)
-        protect = self.config.protect and memory.layout == "neuron"
-        p = self._fresh_p(memory) if protect else None
-        return state.replace(shard=Shard(memory, p, origin=p), opened=state.opened + 1)
-
-    def _fresh_p(self, memory: SideMemory) -> Tensor:
-        """`P` of a shard without edits: what unrelated text activates is protected from the first edit on."""
-        p = protection.identity(memory.values.shape[0], self.device)
-        strength = self.config.protect_irrelevant
-        return p if strength is None else protection.absorb(p, memory.select(self._quiet_pool.a), strength)
-
-    def _room(self, state: EditorState) -> int:
-        return self.config.batch_size if state.shard is None else state.shard.room(self.config)
-
-    def _edit_batch(self, state: EditorState, edits: Sequence[Edit], examples: Sequence) -> tuple:
-        """(state with the batch learned, reports). Edits that diverge are left out and reported."""
-        start = time.perf_counter()
-        alive = list(range(len(edits)))
-        fit = None
-        while alive and fit is None:
-            quiet = self.quiet_texts([edits[i] for i in alive], state.shard.quiet)
-            rows = [examples[i] for i in alive]
-            generator = torch.Generator().manual_seed(seed_of(self.config.seed, "draw", len(state.reports)))
-            trainer = self.trainer(state.shard.memory, state.shard.p, rows, quiet, generator)
-            try:
-                with self.tail.evaluating():
-                    fit = trainer.run()
-            except EditDiverged as error:
-                logger.warning("edit %r diverged and is left out", edits[alive[error.edit]].prompt)
-                del alive[error.edit]
-        reports = [EditReport(edit, note="diverged: its loss was not finite; taken back") for edit in edits]
-        if fit is not None:
-            taken = [
-                EditReport(edits[i], *figures)
-                for i, *figures in zip(alive, fit.steps, fit.first, fit.last, strict=True)
-            ]
-            first = len(state.reports)
-            state = self._learned(state, fit, taken, quiet)
-            seconds = (time.perf_counter() - start) / len(edits)
-            made = tuple(r.replace(seconds=seconds) for r in state.reports[first:])
-            state = state.replace(reports=state.reports[:first] + made)
-            for i, report in zip(alive, made, strict=True):
-                reports[i] = report
-        return state, reports
-
-    def _learned(self, state: EditorState, fit: Fit, reports: list[EditReport], quiet) -> EditorState:
-        """The state with a fitted batch in its open shard."""
-        shard, first = state.shard, len(state.reports)
-        prompts = {r.edit.prompt for r in reports}
-        stale = {i for i, r in enumerate(state.reports) if r.edit.prompt in prompts}
-        old = [r.replace(note="superseded by a later edit") if i in stale else r for i, r in enumerate(state.reports)]
-        keys = tuple(k for k in shard.keys if k[0] not in stale) + tuple(enumerate(fit.keys, first))
-        memory = shard.memory.replace(
-            values=storable(fit.values), edits=shard.memory.edits + tuple(range(first, first + len(reports)))
-        )
-        holds = {i for i, report in enumerate(old) if report.success}
-        holds |= {i for i, success in enumerate(fit.success, first) if success}
-        new = self._names([report.edit for report in reports], fit.endings)
-        memory = memory.replace(names=extended(shard.memory.names, shard.memory.edits, stale, new, fit.endings))
-        memory, scores = calibrated(memory, fit.p, keys, holds, self.config)
-        new = [
-            r.replace(success=fit.success[i], score=scores[first + i], note="" if fit.success[i] else NOT_FITTED)
-            for i, r in enumerate(reports)
-        ]
-        made = (*old, *new)
-        gone = {i for i, r in enumerate(made) if r.superseded}
-        # A memory of superseded edits alone would only compete with the one that replaced it.
-        merged, closed = (tuple(m for m in part if set(m.edits) - gone) for part in (state.merged, state.closed))
-        for i in stale:
-            a = self._prompt_activations(made[i].edit.prompt)
-            merged, closed = (tuple(m.forget(i, a) if i in m.edits else m for m in part) for part in (merged, closed))
-        return state.replace(
-            merged=merged,
-            closed=closed,
-            shard=shard.replace(memory=memory, p=fit.p, keys=keys, quiet=quiet),
-            reports=made,
-        )
 
     # -- state --------------------------------------------------------------------------------------------------
 

@@ -133,7 +133,7 @@ class Material:
         limits |= {text: self.config.near_limit for edit in edits for text in self._neighbours(edit)}
         held = {r.edit.prompt for r in self.edits} if held is None else held
         edited = {*held, *(e.prompt for e in edits)}
-        limits = {text: limit for text, limit in limits.items() if text not in edited}
+        limits = dict([(text, limit) for text, limit in limits.items() if text not in edited][-_REHEARSED:])
         if before is not None:
             before = before.only([i for i, name in enumerate(before.names) if name not in edited | limits.keys()])
         if not limits:

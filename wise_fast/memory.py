@@ -110,8 +110,8 @@ class SideMemory:
 
             D <- D - P A^T (A P A^T + r)^-1 A D
 
-        with `P` as the leverage factor knows it: where all of a prompt's directions were taught, next to nothing is left
-        to take it from. The element layout keeps it.
+        with `P` as the leverage factor knows it: where all of a prompt's directions were taught, next to nothing is
+        left to take it from. The element layout keeps it.
         """
         if self.names is not None:
             return self.replace(names=self.names.without([self.edits.index(edit)]))

@@ -24,78 +24,84 @@ from wise_fast.material import Material, seed_of
 from wise_fast.memory import SideMemory, storable
 from wise_fast.rows import Part, look_at
 from wise_fast.state import NOT_FITTED, EditorState, EditReport, Shard
+from wise_fast.tokens import encode
 from wise_fast.training import EditDiverged, Trainer
 
 logger = logging.getLogger(__name__)
 
 Alive = Callable[[], None]
-_GENTLE = 0.5  # of the learning rate of single edits: a step is followed by those of other edits
+Outcome = tuple[SideMemory, dict[int, EditReport], list[int]]
+_GENTLE = 0.25  # of the learning rate of single edits: a step is followed by those of other edits
 _WARM, _LEAST = 10, 0.02  # steps until the learning rate is whole; the share of it at the end of its cosine
-_WHOLE = 0.75  # share of the passes behind which every token responds
-_LOOK_EVERY = 3  # passes between two looks at which tokens of the vocabulary have become likely
+_LOOK_EVERY = 4  # passes between two looks at which tokens of the vocabulary have become likely
+_LABELS = 512  # tokens of answers in one part, of which the whole vocabulary's logits are held at once
 _KEPT = 2**30  # bytes of activations that are kept from one pass to the next; others are captured anew
 
 
-def close_shard(material: Material, state: EditorState) -> EditorState:
-    """`merging.close_shard`, and what that finishes is rehearsed."""
+def close_shard(material: Material, state: EditorState) -> tuple[EditorState, list[int]]:
+    """`merging.close_shard`, and what that finishes is rehearsed; with the edits, at most half of the shard's, that its
+    memory is not asked for any more and that are to be learned elsewhere."""
     return _rehearsed(material, state, merging.close_shard(state, material.config))
 
 
 def merge_closed(material: Material, state: EditorState, alive: Alive | None = None) -> EditorState:
     """`merging.merge_closed`, likewise; `alive` is called after every step of the rehearsal."""
-    return _rehearsed(material, state, merging.merge_closed(state, material.config), alive)
+    return _rehearsed(material, state, merging.merge_closed(state, material.config), alive)[0]
 
 
-def _rehearsed(material: Material, before: EditorState, state: EditorState, alive: Alive | None = None) -> EditorState:
-    """The state with the memory that was finished rehearsed, if there is one and it is protected."""
+def _rehearsed(
+    material: Material, before: EditorState, state: EditorState, alive: Alive | None = None
+) -> tuple[EditorState, list[int]]:
+    """The state with the memory that was finished rehearsed, if there is one and it is protected; what it left."""
     config = material.config
     shard = None if config.mode == "merge" else before.shard
     protected = config.merging == "regmean" if shard is None else shard.p is not None
     finished = len(state.merged) > len(before.merged) or state.merges > before.merges
     if not (config.rehearsals and protected and finished):
-        return state
+        return state, []
     start, memory = time.perf_counter(), state.merged[-1]
     reports = list(state.reports)
     edits = [i for i in memory.edits if not reports[i].superseded]
+    made, left = {}, []
     try:
-        memory, made = _Rehearsal(material, memory, shard, state, edits).run(alive or (lambda: None))
+        memory, made, left = _Rehearsal(material, memory, shard, state, edits).run(alive or (lambda: None))
     except EditDiverged:
         logger.warning("the rehearsal of %d edits diverged; they stay as they were", len(edits))
-        made = {}
     seconds = (time.perf_counter() - start) / max(1, len(edits))
     for i in edits:
         report = made.get(i, reports[i])
         reports[i] = report.replace(seconds=report.seconds + seconds)
-    return state.replace(merged=(*state.merged[:-1], memory), reports=tuple(reports))
+    return state.replace(merged=(*state.merged[:-1], memory), reports=tuple(reports)), left
 
 
 class _Practice(Trainer):
-    """A batch of edits whose steps take turns with those of other batches."""
+    """Edits whose steps take turns with those of others."""
 
     def enter(self, passes: int) -> None:
-        """Begin with all edits at once, as after so many of their steps."""
+        """Begin with all edits at once, as after so many passes."""
         self.standing.steps, self.quiet.always = [passes] * self.count, True
+        # Behind the last layer's tokens nothing asks the others: a silent one would answer as the unedited model.
+        self.last_dropout = 0.0 if self.rows.groups[0].tail.at_last_layer else self.config.last_dropout
         self._begin()
         self._begin_anew(range(self.count))
 
-    def practise(self, z: Tensor, moments: list[Tensor], taken: int, pace: float, whole: bool) -> None:
-        """One step on every edit.
+    def practise(self, edits: list[int], z: Tensor, moments: list[Tensor], taken: int, pace: float) -> None:
+        """One step on these edits.
 
         Args:
-            z, moments: what all batches have in common; changed in place.
+            z, moments: what all edits of the memory have in common; changed in place.
             taken: steps that were taken before, by all.
             pace: of the learning rate.
-            whole: whether all tokens respond.
 
         Raises:
             EditDiverged: a loss or a gradient is NaN or infinite.
         """
-        everyone, before = list(range(self.count)), (self.lr, self.last_dropout)
         self.z, self.moments, self.since = z, moments, taken
-        self.lr, self.last_dropout = pace * self.lr, 0.0 if whole else self.last_dropout
-        self._step(everyone, self.standing.draw(everyone))
-        self.lr, self.last_dropout = before
-        self.standing.steps = [steps + 1 for steps in self.standing.steps]
+        self.lr, whole = pace * self.lr, self.lr
+        self._step(edits, self.standing.draw(edits))
+        self.lr = whole
+        for edit in edits:
+            self.standing.steps[edit] += 1
 
     @torch.no_grad()
     def look_again(self, z: Tensor) -> None:
@@ -120,7 +126,7 @@ class _Practice(Trainer):
 
 
 class _Rehearsal:
-    """The edits of a memory, in batches that stay together.
+    """The edits of a memory, in parts that are captured together.
 
     Args:
         shard: that the memory was; None for one that was merged by covariances.
@@ -136,65 +142,87 @@ class _Rehearsal:
         self.config, self.origin = material.config, memory.taught.origin if shard is None else shard.origin
         self.seed = seed_of(self.config.seed, "rehearsal", state.opened, state.merges)
         self.generator = torch.Generator().manual_seed(self.seed)
-        order = [edits[i] for i in torch.randperm(len(edits), generator=self.generator).tolist()]
-        self.batches = [order[i : i + self.config.batch_size] for i in range(0, len(order), self.config.batch_size)]
+        self.parts = self._parts([edits[i] for i in self._shuffled(len(edits))])
         self.prompts = {report.edit.prompt for report in state.reports}
         self._kept: dict[int, _Practice] = {}
-        self._room, self._passes = _KEPT, 0
+        self._room = _KEPT
 
-    def run(self, alive: Alive) -> tuple[SideMemory, dict[int, EditReport]]:
-        """The memory that holds them together, and the report of each; as it was learned, and no reports, if that
-        answers more of them. EditDiverged if a loss is NaN or infinite."""
-        z = torch.zeros_like(self.memory.values)
+    def _shuffled(self, count: int) -> list[int]:
+        return torch.randperm(count, generator=self.generator).tolist()
+
+    def _parts(self, edits: Sequence[int]) -> list[list[int]]:
+        """The edits in as few parts of like size as their answers allow: a part asks the whole LM head at once."""
+        answers = [self.reports[edit].edit.target for edit in edits]
+        labels = sum(len(encode(self.material.tokenizer, answer)) + 1 for answer in answers)
+        count = min(-(-labels // _LABELS), -(-len(edits) // self.config.batch_size)) or 1
+        return [list(edits[i::count]) for i in range(count)]
+
+    def run(self, alive: Alive) -> Outcome:
+        """The memory that holds them together, the report of each, and those that it does not hold; as it was learned,
+        no reports and none, if that answers more. EditDiverged if a loss is NaN or infinite."""
+        z, size = torch.zeros_like(self.memory.values), self.config.batch_size
         moments = [torch.zeros_like(z) for _ in range(self.config.moments)]
-        count, passes = len(self.batches), self.config.rehearsals
+        total, taken = self.config.rehearsals * sum(-(-len(part) // size) for part in self.parts), 0
         with torch.inference_mode(False), torch.enable_grad(), self.material.tail.evaluating():
-            for step in range(passes * count):
-                if step % count == 0:
-                    self._passes = step // count
-                    turn = torch.randperm(count, generator=self.generator).tolist()
-                practice = self._practice(turn[step % count])
-                if self._passes % _LOOK_EVERY == 1:
-                    practice.look_again(z)
-                whole = self._passes >= _WHOLE * passes
-                practice.practise(z, moments, step, _pace(step, passes * count), whole)
-                alive()
+            for passes in range(self.config.rehearsals):
+                for number in self._shuffled(len(self.parts)):
+                    practice = self._practice(number, passes)
+                    if passes % _LOOK_EVERY == 1:
+                        practice.look_again(z)
+                    order = self._shuffled(practice.count)
+                    for first in range(0, len(order), size):
+                        practice.practise(order[first : first + size], z, moments, taken, _pace(taken, total))
+                        taken += 1
+                        alive()
             return self._judged(self.memory.replace(values=storable(self.origin @ z)), alive)
 
-    def _practice(self, number: int) -> _Practice:
-        """Of a batch, as it was left if there was room to keep it."""
+    def _practice(self, number: int, passes: int) -> _Practice:
+        """Of a part, as it was left if there was room to keep it, or as after so many passes."""
         if number in self._kept:
             return self._kept[number]
-        material, batch = self.material, self.batches[number]
-        edits = [self.reports[i].edit for i in batch]
-        rows, seed = material.examples(edits, batch), seed_of(self.seed, number, self._passes)
+        material, part = self.material, self.parts[number]
+        edits = [self.reports[i].edit for i in part]
+        rows, seed = material.examples(edits, part), seed_of(self.seed, number, passes)
         quiet = material.quiet_texts(edits, None, self.prompts)
         generator = torch.Generator().manual_seed(seed)
         practice = material.trainer(self.memory, self.origin, rows, quiet, generator, _Practice)
-        practice.enter(self._passes)
+        practice.enter(passes)
         if practice.rows.size <= self._room:
             self._room -= practice.rows.size
             self._kept[number] = practice
         return practice
 
-    def _judged(self, memory: SideMemory, alive: Alive) -> tuple[SideMemory, dict[int, EditReport]]:
+    def _judged(self, memory: SideMemory, alive: Alive) -> Outcome:
         made, keys, before = {}, [], 0
-        for number, batch in enumerate(self.batches):
-            practice = self._practice(number)
+        for number, part in enumerate(self.parts):
+            practice = self._practice(number, self.config.rehearsals)
             before += sum(practice.judge(self.learned)[1])
-            for edit, loss, right, key in zip(batch, *practice.judge(memory), strict=True):
+            for edit, loss, right, key in zip(part, *practice.judge(memory), strict=True):
                 steps, note = self.reports[edit].steps + self.config.rehearsals, "" if right else NOT_FITTED
                 made[edit] = self.reports[edit].replace(steps=steps, loss=loss, success=right, note=note)
                 keys.append((edit, key))
             alive()
         holds = {edit for edit, report in made.items() if report.success}
-        if len(holds) < before:
+        left = self._left(memory, made)
+        if len(holds) < before and (not left or 2 * len(left) > len(made)):
             logger.warning("rehearsal answers %d of %d edits; they stay as learned (%d)", len(holds), len(made), before)
-            return self.learned, {}
+            return self.learned, {}, []
+        kept = [row for row, edit in enumerate(memory.edits) if edit not in left]
+        if left:
+            memory = memory.replace(edits=tuple(memory.edits[row] for row in kept), names=memory.names.only(kept))
+            made = {edit: report for edit, report in made.items() if edit not in left}
+            keys = [(edit, key) for edit, key in keys if edit not in left]
         measure = merging.recalibrated if self.shard is None else calibrated
         p = merging.protection_of(memory.taught) if self.shard is None else self.shard.p
-        memory, scores = measure(memory, p, keys, holds, self.config)
-        return memory, {edit: report.replace(score=scores.get(edit, report.score)) for edit, report in made.items()}
+        memory, scores = measure(memory, p, keys, holds - {*left}, self.config)
+        made = {edit: report.replace(score=scores.get(edit, report.score)) for edit, report in made.items()}
+        return memory, made, left
+
+    def _left(self, memory: SideMemory, made: dict[int, EditReport]) -> list[int]:
+        """Edits that are not answered. None of a memory that has no next one, or that is asked for whatever is loud."""
+        if memory.names is None or self.shard is None:
+            return []
+        return [edit for edit in memory.edits if edit in made and not made[edit].success]
 
 
 def _pace(step: int, total: int) -> float:

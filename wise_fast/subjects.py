@@ -32,7 +32,7 @@ SPELLINGS = 4  # of a subject, at most
 ANY = -1  # stands for a token that every prompt has
 _POWER = 3
 _ALIKE, _DIFFERENT = 0.65, 0.3  # cosines of endings: of a paraphrase at least; of different edits, the median at most
-_SAME = 1e-3  # less than this from a cosine of 1 is the same ending
+_SAME = 1e-5  # less than this from a cosine of 1 is the same ending: in half precision, of another batch
 _SAMPLE = 128  # edits of a memory whose endings are compared
 _FEW = 4  # fewer endings than these say nothing yet
 # What a prompt has is a bitmap, in which tokens and pairs share places by chance: the longer, the larger it has to be.
@@ -133,6 +133,13 @@ class Names:
         kept = ~gone[self.about]
         endings = torch.where(gone[:, None], 0.0, self.endings)
         return Names(self.tokens[kept], self.about[kept], endings).limited()
+
+    def only(self, rows: Sequence[int]) -> Names:
+        """Of these edits alone, rows of `endings`, in this order."""
+        place = torch.full((len(self.endings),), -1, device=self.about.device)
+        place[list(rows)] = torch.arange(len(rows), device=place.device)
+        about = place[self.about]
+        return Names(self.tokens[about >= 0], about[about >= 0], self.endings[list(rows)]).limited()
 
     def join(self, *others: Names) -> Names:
         """Of the edits of all of them, these first, as those of one memory."""

@@ -89,8 +89,7 @@ class Trainer:
         self.count, self.variants = self.rows.edits, self.rows.variants
         self.quiet = Quiet(quiet, memory, p, config, unit)
         self.lr = self._learning_rate()
-        # Behind the last layer's tokens nothing asks the others: a silent one would answer as the unedited model.
-        self.last_dropout = 0.0 if tail.at_last_layer else config.last_dropout
+        self.last_dropout = 0.0  # how often, in a step, an augmented prompt's last token gets no response
         self.standing = Standing(self.rows, config, _LOUD * config.beta * unit, generator)
         # P before the batch, and what it has absorbed of each settled edit.
         self.origin, self.absorbed = p, dict[int, Tensor]()
