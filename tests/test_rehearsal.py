@@ -183,7 +183,7 @@ class TestFullShards:
         assert [m.edits for m in editor.memories] == [(0, 2), (1, 3)] and answer(editor, PROMPTS) == TARGETS
         editor.rollback(1)
         assert [m.edits for m in editor.memories] == [(0, 2), (1,)]
-        editor.rollback(1)
+        editor.rollback(3)
         assert not editor.memories and not editor.edits
 
     def test_what_diverges_in_the_next_is_reported(self, monkeypatch, caplog):
