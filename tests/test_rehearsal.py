@@ -11,6 +11,7 @@ from wise_fast.data import Edit
 from wise_fast.merging import merge_closed
 from wise_fast.metrics import answer
 from wise_fast.rehearsal import _Practice
+from wise_fast.state import Shard
 from wise_fast.training import EditDiverged, Trainer
 
 REHEARSED = dict(mode="merge", merging="regmean", mask_ratio=1.0, shard_size=1, shards=4, batch_size=2, rehearsals=10)
@@ -168,7 +169,7 @@ class TestFullShards:
         assert not torch.equal(plain.memories[0].values, editor.memories[0].values)
 
     def test_what_they_do_not_answer_is_learned_in_the_next(self, monkeypatch):
-        monkeypatch.setattr(rehearsal._Rehearsal, "_left", lambda self, memory, made: [1] if 1 in made else [])
+        monkeypatch.setattr(rehearsal._Rehearsal, "_left", lambda self, memory, lost: [1] if 1 in memory.edits else [])
         editor = make_editor(shard_size=3, rehearsals=20)
         reports = editor.edit(FACTS[:3])
         assert [m.edits for m in editor.memories] == [(0, 2), (1,)] and len(editor.edits) == 3
@@ -187,7 +188,7 @@ class TestFullShards:
         assert not editor.memories and not editor.edits
 
     def test_what_diverges_in_the_next_is_reported(self, monkeypatch, caplog):
-        monkeypatch.setattr(rehearsal._Rehearsal, "_left", lambda self, memory, made: [1])
+        monkeypatch.setattr(rehearsal._Rehearsal, "_left", lambda self, memory, lost: [1])
         editor = make_editor(shard_size=3, rehearsals=20)
         run = Trainer.run
 
@@ -200,6 +201,21 @@ class TestFullShards:
         reports = editor.edit(FACTS[:3])
         assert [report.success for report in reports] == [True, False, True] and "diverged" in reports[1].note
         assert [m.edits for m in editor.memories][0] == (0, 2)
+
+    @pytest.mark.parametrize("size", [1, 2])
+    def test_what_is_never_answered_stays_where_it_is(self, size):
+        editor = make_editor(FACTS, shard_size=size, max_steps=1, rehearsals=1)
+        assert [m.edits for m in editor.memories] == [tuple(range(i, i + size)) for i in range(0, 4, size)]
+        assert not any(report.success for report in editor.edits) and len(editor.edits) == 4
+
+    def test_at_most_half_of_them_go_on(self):
+        editor = make_editor(FACTS, shard_size=4, rehearsals=1)
+        shard = rehearsal._Rehearsal(
+            editor, editor.memories[0], Shard(editor.memories[0], None), editor.state, range(4)
+        )
+        assert [shard._left(editor.memories[0], lost) for lost in ({2}, {3, 1}, {0, 1, 2})] == [[2], [1, 3], []]
+        nameless = editor.memories[0].replace(names=None)
+        assert shard._left(nameless, {2}) == []
 
     def test_one_that_answers_less_than_half_stays_as_it_was_learned(self, caplog):
         plain, editor = (make_editor(FACTS, shard_size=4, rehearsals=n) for n in (0, 1))

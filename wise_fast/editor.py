@@ -16,7 +16,6 @@ from wise_fast.config import WiseConfig
 from wise_fast.data import Edit, as_edits, deduplicate
 from wise_fast.errors import ConfigError, WiseError
 from wise_fast.ffn import DualMemoryLinear
-from wise_fast.gradients import require_gradients
 from wise_fast.learning import Learning
 from wise_fast.memory import SideMemory
 from wise_fast.pack_rows import OWN
@@ -91,7 +90,7 @@ class WiseEditor(Learning, Packs, Sharing):
         """
         self._require_own()
         compiled.require_live_weights()
-        self.tail.fewest = require_gradients(self.model, self.architecture, self.projection.dtype)
+        self.require_gradients()
         given = rendered(self.tokenizer, as_edits(edits))
         kept, superseded = deduplicate(given)
         reports: dict[int, EditReport] = {

@@ -59,7 +59,8 @@ class Learning(Material):
             if self._room(state) == 0:
                 state, more = rehearsal.close_shard(self, state)
                 left += more
-        return state
+        # All that was to be learned again may have diverged.
+        return state if state.shard is None or state.shard.memory.edits else state.replace(shard=None)
 
     def _edit_batch(
         self, state: EditorState, edits: Sequence[Edit], examples: Sequence, places: Sequence[int] | None = None
@@ -70,7 +71,8 @@ class Learning(Material):
         alive = list(range(len(edits)))
         fit = None
         while alive and fit is None:
-            quiet = self.quiet_texts([edits[i] for i in alive], state.shard.quiet)
+            held = {report.edit.prompt for report in state.reports}
+            quiet = self.quiet_texts([edits[i] for i in alive], state.shard.quiet, held)
             rows = [examples[i] for i in alive]
             generator = torch.Generator().manual_seed(seed_of(self.config.seed, "draw", len(state.reports)))
             trainer = self.trainer(state.shard.memory, state.shard.p, rows, quiet, generator)
@@ -127,14 +129,21 @@ class Learning(Material):
         # A memory of superseded edits alone would only compete with the one that replaced it.
         merged, closed = (tuple(m for m in part if set(m.edits) - gone) for part in (state.merged, state.closed))
         for i in stale:
-            a = self._prompt_activations(made[i].edit.prompt)
-            merged, closed = (tuple(m.forget(i, a) if i in m.edits else m for m in part) for part in (merged, closed))
+            merged, closed = (tuple(self._without(m, i, made[i].edit) for m in part) for part in (merged, closed))
         return state.replace(
             merged=merged,
             closed=closed,
             shard=shard.replace(memory=memory, p=fit.p, keys=keys, quiet=quiet),
             reports=made,
         )
+
+    def _without(self, memory: SideMemory, place: int, edit: Edit) -> SideMemory:
+        """A finished memory without this edit. Its name is enough where memories compete; in an average, and where
+        nothing is asked for a name, its response counts."""
+        if place not in memory.edits:
+            return memory
+        named = memory.names is not None and self.config.mode == "retrieve"
+        return memory.forget(place, None if named else self._prompt_activations(edit.prompt))
 
 
 def _with(reports: Sequence[EditReport], places: Sequence[int], new: Sequence[EditReport]) -> tuple[EditReport, ...]:

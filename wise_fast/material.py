@@ -17,6 +17,7 @@ from wise_fast.chat import reworded
 from wise_fast.config import WiseConfig
 from wise_fast.data import Edit
 from wise_fast.errors import EditDataError
+from wise_fast.gradients import require_gradients
 from wise_fast.memory import SideMemory
 from wise_fast.routing import Routing
 from wise_fast.rows import buckets
@@ -54,6 +55,11 @@ class Material:
     def head_at(self, positions: Tensor) -> AbstractContextManager[None]:
         """Let the LM head see only `positions` of the flattened [B*T] tokens: logits become [1, M, vocabulary]."""
         return self.tail.head_at(positions)
+
+    def require_gradients(self) -> None:
+        """Raise UnsupportedModelError unless edits can be trained through what lies behind the projection, and tell the
+        tail what that takes."""
+        self.tail.fewest = require_gradients(self.model, self.architecture, self.projection.dtype)
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +139,9 @@ class Material:
         limits |= {text: self.config.near_limit for edit in edits for text in self._neighbours(edit)}
         held = {r.edit.prompt for r in self.edits} if held is None else held
         edited = {*held, *(e.prompt for e in edits)}
-        limits = dict([(text, limit) for text, limit in limits.items() if text not in edited][-_REHEARSED:])
+        limits = [(text, limit) for text, limit in limits.items() if text not in edited]
+        most = min(len(limits), _REHEARSED)
+        limits = dict(limits[i * len(limits) // most] for i in range(most))  # some of each kind and of each edit
         if before is not None:
             before = before.only([i for i, name in enumerate(before.names) if name not in edited | limits.keys()])
         if not limits:

@@ -104,19 +104,18 @@ class SideMemory:
         side, _ = kernels.side_forward_element(selected, values, self.index[None], bounds)
         return side[0]
 
-    def forget(self, edit: int, a: Tensor) -> SideMemory:
-        """The memory that is no longer asked for one of its edits: it loses the edit's name. One without names loses of
-        its response to the prompt's activations [n, d_ff] what can be taken without moving others much,
+    def forget(self, edit: int, a: Tensor | None) -> SideMemory:
+        """The memory that is no longer asked for one of its edits: it loses the edit's name. Given the prompt's
+        activations [n, d_ff] it also loses of its response to them what can be taken without moving others much,
 
             D <- D - P A^T (A P A^T + r)^-1 A D
 
         with `P` as the leverage factor knows it: where all of a prompt's directions were taught, next to nothing is
         left to take it from. The element layout keeps it.
         """
-        if self.names is not None:
-            return self.replace(names=self.names.without([self.edits.index(edit)]))
-        if self.layout == "element":
-            return self
+        names = None if self.names is None else self.names.without([self.edits.index(edit)])
+        if self.layout == "element" or a is None:
+            return self.replace(names=names)
         selected = self.select(a)
         reached = selected if self.factor is None else selected @ self.factor
         gram = (reached @ reached.t()).double()
@@ -124,7 +123,7 @@ class SideMemory:
         share = torch.linalg.solve(gram, self.respond(selected).double()).float()
         moved = reached.t() @ share
         moved = moved if self.factor is None else self.factor @ moved
-        return self.replace(values=storable(self.values - moved))
+        return self.replace(names=names, values=storable(self.values - moved))
 
     def dense(self) -> Tensor:
         """`D` as [d_out, d_ff], for export and tests."""

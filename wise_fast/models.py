@@ -115,9 +115,13 @@ def _checked_source(name_or_path: str | Path) -> str:
         return str(path)
     meant_as_path = isinstance(name_or_path, Path) or str(name_or_path).startswith(("/", "./", "../", "~"))
     if path.is_file() and path.suffix == _GGUF:
-        with path.open("rb") as file:
-            if file.read(len(_MAGIC)) != _MAGIC:
-                raise StorageError(f"{str(path)!r} is not a GGUF file: it does not begin with {_MAGIC.decode()!r}")
+        try:
+            with path.open("rb") as file:
+                begins = file.read(len(_MAGIC))
+        except OSError as error:
+            raise StorageError(f"{str(path)!r} cannot be read: {error.strerror}; check its permissions") from error
+        if begins != _MAGIC:
+            raise StorageError(f"{str(path)!r} is not a GGUF file: it does not begin with {_MAGIC.decode()!r}")
         return str(path)
     if path.exists() or meant_as_path or path.suffix == _GGUF:
         state = "is a file" if path.exists() else "does not exist"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ _GENTLE = 0.25  # of the learning rate of single edits: a step is followed by th
 _WARM, _LEAST = 10, 0.02  # steps until the learning rate is whole; the share of it at the end of its cosine
 _LOOK_EVERY = 4  # passes between two looks at which tokens of the vocabulary have become likely
 _LABELS = 512  # tokens of answers in one part, of which the whole vocabulary's logits are held at once
-_KEPT = 2**30  # bytes of activations that are kept from one pass to the next; others are captured anew
+_KEPT = 2**31  # bytes of activations that are kept from one pass to the next; others are captured anew
 
 
 def close_shard(material: Material, state: EditorState) -> tuple[EditorState, list[int]]:
@@ -162,6 +162,7 @@ class _Rehearsal:
         no reports and none, if that answers more. EditDiverged if a loss is NaN or infinite."""
         z, size = torch.zeros_like(self.memory.values), self.config.batch_size
         moments = [torch.zeros_like(z) for _ in range(self.config.moments)]
+        self.material.require_gradients()
         total, taken = self.config.rehearsals * sum(-(-len(part) // size) for part in self.parts), 0
         with torch.inference_mode(False), torch.enable_grad(), self.material.tail.evaluating():
             for passes in range(self.config.rehearsals):
@@ -193,36 +194,39 @@ class _Rehearsal:
         return practice
 
     def _judged(self, memory: SideMemory, alive: Alive) -> Outcome:
-        made, keys, before = {}, [], 0
+        made, keys, before = {}, [], set()
         for number, part in enumerate(self.parts):
             practice = self._practice(number, self.config.rehearsals)
-            before += sum(practice.judge(self.learned)[1])
+            before |= {edit for edit, right in zip(part, practice.judge(self.learned)[1], strict=True) if right}
             for edit, loss, right, key in zip(part, *practice.judge(memory), strict=True):
                 steps, note = self.reports[edit].steps + self.config.rehearsals, "" if right else NOT_FITTED
                 made[edit] = self.reports[edit].replace(steps=steps, loss=loss, success=right, note=note)
                 keys.append((edit, key))
             alive()
         holds = {edit for edit, report in made.items() if report.success}
-        left = self._left(memory, made)
-        if len(holds) < before and (not left or 2 * len(left) > len(made)):
-            logger.warning("rehearsal answers %d of %d edits; they stay as learned (%d)", len(holds), len(made), before)
+        left = self._left(memory, before - holds)
+        if len(holds) < len(before) and not left:
+            found = len(holds), len(made), len(before)
+            logger.warning("rehearsal answers %d of %d edits; they stay as learned (%d)", *found)
             return self.learned, {}, []
-        kept = [row for row, edit in enumerate(memory.edits) if edit not in left]
         if left:
+            logger.info("rehearsal answers %d of %d edits; %d go to the next shard", len(holds), len(made), len(left))
+            kept = [row for row, edit in enumerate(memory.edits) if edit not in left]
             memory = memory.replace(edits=tuple(memory.edits[row] for row in kept), names=memory.names.only(kept))
-            made = {edit: report for edit, report in made.items() if edit not in left}
+            made |= {edit: self.reports[edit].replace(steps=made[edit].steps) for edit in left}
             keys = [(edit, key) for edit, key in keys if edit not in left]
         measure = merging.recalibrated if self.shard is None else calibrated
         p = merging.protection_of(memory.taught) if self.shard is None else self.shard.p
-        memory, scores = measure(memory, p, keys, holds - {*left}, self.config)
+        memory, scores = measure(memory, p, keys, holds, self.config)
         made = {edit: report.replace(score=scores.get(edit, report.score)) for edit, report in made.items()}
         return memory, made, left
 
-    def _left(self, memory: SideMemory, made: dict[int, EditReport]) -> list[int]:
-        """Edits that are not answered. None of a memory that has no next one, or that is asked for whatever is loud."""
-        if memory.names is None or self.shard is None:
+    def _left(self, memory: SideMemory, lost: Collection[int]) -> list[int]:
+        """Which of the edits that are answered no more are to be learned in the next shard: all, unless they are more
+        than half. None where there is no next one, or a memory is asked for whatever is loud."""
+        if memory.names is None or self.shard is None or 2 * len(lost) > sum(map(len, self.parts)):
             return []
-        return [edit for edit in memory.edits if edit in made and not made[edit].success]
+        return sorted(lost)
 
 
 def _pace(step: int, total: int) -> float:

@@ -2,8 +2,9 @@
 
 A shard is filled from the state that one editor would have come to it with: the number of its mask, the seeds of its
 batches and the prompts that were edited before are those of its place in the stream. So it becomes, bit for bit, what
-it would be had one editor learned everything in turn. (Not where an edit diverged in a shard before it, or one was full
-before its time: in turn, the next edits move, and here they stay in their shards.) A run's directory holds
+it would be had one editor learned everything in turn. (Not where an edit diverged in a shard before it, one was full
+before its time, or a rehearsal left edits to the next one: in turn, edits move, and here they stay in their shards,
+which come to several memories.) A run's directory holds
 
     run.json          what the run is; going on with anything else is refused
     shards/NNNNNN/    a finished shard, from 1: a checkpoint, on the disk before the shard counts as finished
