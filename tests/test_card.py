@@ -9,7 +9,10 @@ from tests.edited import FACTS, make_editor, saved_model, wide_model
 from tests.test_cli import run
 from tests.tiny import tiny_tokenizer
 from wise_fast import WiseEditor, actions, storage
+from wise_fast.card import _edits
+from wise_fast.data import Edit
 from wise_fast.errors import ConfigError, StorageError
+from wise_fast.state import EditReport
 
 METRICS = {"reliability": 1.0, "locality": 0.98765, "generalization": None}
 
@@ -44,6 +47,27 @@ def test_says_what_is_inside(pack):
     ):
         assert line in text.splitlines()
     assert "generalization" not in text and "| seed |" not in text  # not measured; the default
+
+
+def test_lists_the_edits_that_are_held(tmp_path):
+    editor = make_editor(FACTS[:3])
+    editor.edit(Edit(FACTS[0].prompt, "x"))
+    editor.save_pretrained(tmp_path / "pack")
+    lines = card(tmp_path / "pack").splitlines()
+    listed = [line for line in lines[lines.index("## Edits") :] if line.endswith(("| yes |", "| no |"))]
+    held = [report for report in editor.edits if not report.superseded]
+    assert listed == [
+        f"| {r.edit.prompt} | {r.edit.target} | {'yes' if r.success else 'no'} |".replace("_", "\\_") for r in held
+    ]
+    assert len(held) == 3 and "All of each is in `wise_edits.json`." in lines
+
+
+def test_many_and_odd_edits_are_listed_safely():
+    edits = [EditReport(Edit(f"a | b\n<i>{i}</i>" + "x" * 200, "*y*"), success=i % 2 == 0) for i in range(60)]
+    text = _edits(edits)
+    rows = text.splitlines()[2:52]
+    assert all(re.fullmatch(r"\| a \\\| b \\<i\\>\d+\\</i\\>x+\.\.\. \| \\\*y\\\* \| (yes|no) \|", row) for row in rows)
+    assert text.endswith("10 more, and all of each, are in `wise_edits.json`.") and _edits([]) == "None."
 
 
 def test_the_code_on_it_loads_the_pack(pack, tmp_path):

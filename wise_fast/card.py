@@ -16,6 +16,8 @@ from wise_fast.config import WiseConfig
 from wise_fast.errors import ConfigError
 from wise_fast.state import EditReport
 
+_LISTED, _WIDEST = 50, 120  # edits, and characters of each text
+
 _LOADING = """```python
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -68,8 +70,10 @@ def write(header: Mapping, reports: Sequence[EditReport]) -> str:
         "\n".join(["---", *front, "---"]),
         f"# {len(reports)} edits of {model or 'a ' + base['family'] + ' model'}",
         "Facts taught to a language model with WISE ([arXiv 2405.14768](https://arxiv.org/abs/2405.14768)). The base "
-        "model's weights are not in here. The edits themselves are in `wise_edits.json`.",
+        "model's weights are not in here.",
         _table(("", ""), rows),
+        "## Edits",
+        _edits(reports),
         *(["## Metrics", _table(("metric", "mean"), _spoken(facts["metrics"]))] if "metrics" in facts else []),
         "## Settings",
         "Those that are not the defaults; `wise_config.json` has them all.",
@@ -78,6 +82,27 @@ def write(header: Mapping, reports: Sequence[EditReport]) -> str:
         _LOADING.format(model=repr(model or "the base model"), dtype=base["dtype"], pack=repr("this directory")),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _edits(reports: Sequence[EditReport]) -> str:
+    """The first of them, superseded ones left out."""
+    held = [report for report in reports if not report.superseded]
+    if not held:
+        return "None."
+    lines = ["| prompt | target | holds |", "| --- | --- | --- |"]
+    for report in held[:_LISTED]:
+        shown = (_cell(report.edit.prompt), _cell(report.edit.target), "yes" if report.success else "no")
+        lines.append(f"| {' | '.join(shown)} |")
+    more = len(held) - _LISTED
+    where = f"{more} more, and all of each, are" if more > 0 else "All of each is"
+    return "\n".join(lines) + f"\n\n{where} in `wise_edits.json`."
+
+
+def _cell(text: str) -> str:
+    """A text as one cell of a table shows it, to the letter and on one line."""
+    text = " ".join(text.split())
+    text = text if len(text) <= _WIDEST else text[: _WIDEST - 3] + "..."
+    return re.sub(r"([\\`*_\[\]<>|~#$&])", r"\\\1", text)
 
 
 def _spoken(metrics: Mapping[str, float]) -> dict[str, str]:
