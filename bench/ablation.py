@@ -31,6 +31,7 @@ VARIANTS = {
     "no prefixes": {"prefixes": 0},
     "all edits in one memory": {"shard_size": None},
     "memories of 25": {"shard_size": 25},
+    "memories of 25, rehearsed": {"shard_size": 25, "rehearsals": 12},
     "memories of 25, a quarter of the columns each": {"shard_size": 25, "mask_ratio": 0.25},
     "merged by TIES": {"mode": "merge", "merging": "ties"},
     "merged by covariances": {"mode": "merge", "merging": "regmean"},
