@@ -20,12 +20,24 @@ families = Rows("families.csv", "ec99a5f")(T=200)
 ops = Rows("ops.csv", "00d4bee")
 dense = Rows("dense.csv", "c1d7d7a")
 distributed = Rows("distributed.csv")
+ablation = Rows("ablation.csv", "e21404d")
 
 alone, batches = editing(case="ours, one at a time"), editing(case="ours, batches of 8")
 baseline = editing(case="baseline, extrapolated: *", metric="time per edit")
 SPEEDUP, TIME = "speed-up over the baseline", "time per edit"
 SCORES = "{run.reliability:.3s} | {run.generalization:.3s} | {run.locality:.3s}"
 
+PARTS = (
+    "the defaults",
+    "scores as the paper's, the norm alone",
+    "no protection of earlier edits",
+    "unrelated text is not protected",
+    "subjects are not asked for",
+    "no limit of newness",
+    "no neighbours",
+    "no prefixes",
+    "memories of 25, rehearsed",
+)
 
 OPS = (
     "decode, neuron, 1 rows, in scope",
@@ -145,6 +157,11 @@ def folded(text: str, case: str) -> Line:
     return line(f"| {text} | {cells} |", **found)
 
 
+def part(what: str) -> Line:
+    cells = f"{SCORES} | {{run.perplexity_after:.2f}} | {{run.untaught_in_scope:.3s}} | {{run.steps:.1f}} | "
+    return line(f"| {{run.what}} | {cells}{{run.memories:.0f}} |", run=ablation(what=what))
+
+
 def processes(case: str) -> Line:
     rows = distributed(case=case)
     cells = "{fill.value:.1f} | {fill.p20:.1f} to {fill.p80:.1f} | {whole.value:.1f} | {over.value:.2f}"
@@ -236,6 +253,11 @@ CPU = {
         "| 500 edits, as of commit | Rel | Gen | Loc | memories | MB served | peak MB | machine |",
         *map(lasted, ("fbe766f", "bf749bf", "042169c", "54e06e1+dirty")),
         lasted("bea400e", ", `rehearsals=12`"),
+    ),
+    "ablation": Table(
+        "| edits 201 to 250 | Rel | Gen | Loc | perplexity of held-out passages | untaught prompts in scope "
+        "| steps an edit | memories |",
+        *map(part, PARTS),
     ),
     "families": Table(
         "| 200 edits | knows held-out questions before | Rel | Gen | Loc, same relation | Loc, another | exact "
