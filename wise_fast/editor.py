@@ -169,7 +169,8 @@ class WiseEditor(Learning, Packs, Sharing):
         address: what `torch.compile` or a CUDA graph made of the model serves them as they come, from the first on.
 
         With more memories than that the room is doubled, and compiled graphs are made anew once. A memory holds
-        `config.shard_size` edits; in `routing.scores` free slots have columns too, of zeros.
+        at most `config.shard_size` edits (fewer where `shard_fill` closes it before, or a rehearsal leaves some to the
+        next); in `routing.scores` free slots have columns too, of zeros.
 
         Raises:
             ConfigError: `memories` is not a positive number, or less than are served.

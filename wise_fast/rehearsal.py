@@ -5,7 +5,8 @@ the later an edit, the odder are those that it is left with. The same edits lear
 time, in another order each time and in small steps, share what they have in common, and are answered in more other
 words. So it is with memories that are to become one, whose average loses what each was fitted to. No edit is protected
 from another, since all come again; the unrelated text that a fresh shard is protected from still is. Until then the
-edits are answered as they were learned, and of them nothing but their texts is kept.
+edits are answered as they were learned, and of them nothing but their texts is kept. Those few that are answered no
+more afterwards, most often since others contradict them, are learned in the next shard.
 """
 
 from __future__ import annotations
