@@ -25,7 +25,7 @@ class EditReport:
             `config.first_token`.
         loss: the same after, over the prompt and every augmented one.
         score: routing score of the bare prompt when it was taught, as the router measures it (`WiseConfig.route_by`).
-        success: every target token is the argmax and the margins hold, on the prompt and every augmented one; of an edit
+        success: every target token is the argmax and the margins hold, on the prompt and every augmented one; of one
             that was rehearsed and stayed, that every target token is the argmax on the prompt.
         seconds: wall time of the edit; edits of one batch share its time equally.
         note: what else there is to say ("superseded by ...", "diverged ...", ...), or "".
