@@ -75,7 +75,8 @@ def work(a: Tensor, weight: Tensor, bank: Bank | None, read: bool = True) -> tup
 
 
 def decode(model: str, layout: str, rows: int, memories: int, dtype: torch.dtype, inside: bool) -> Callable:
-    """A decoded token of each of `rows` sequences, the decision taken at prefill: projection and gated add."""
+    """A decoded token of each of `rows` sequences, the decision taken at prefill: projection and gated add, in two
+    launches ("ours", exact) and in one ("fused")."""
 
     def build(place: Place) -> Built:
         a, weight = inputs(place, model, rows, dtype)
@@ -94,6 +95,9 @@ def decode(model: str, layout: str, rows: int, memories: int, dtype: torch.dtype
             return y
 
         arms = {"projection": Arm(lambda: F.linear(a, weight)), "plain": Arm(plain), "ours": Arm(ours)}
+        if layout == "neuron":
+            given = (a, weight, None, *bank.arguments, choice)
+            arms["fused"] = Arm(lambda: kernels.gated_linear(*given, exact_main=False))
         chosen = Bank(layout, *(t[: t.shape[0] // memories] for t in (bank.values, bank.index)), bank.bounds, None)
         return Built(arms, *work(a, weight, chosen, inside), pair_of(arms))
 

@@ -239,6 +239,25 @@ def test_element_banks_keep_their_popcounts_and_pass_them(monkeypatch, held):
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_decoded_token_may_be_one_op(monkeypatch, kind, exact):
+    """Without `exact_main` a device makes it in one launch; a CPU does not, and the bits stay."""
+    base, a = make_base(kind), inputs(2, 1)
+    module = DualMemoryLinear(base, exact_main=exact)
+    module.set_bank(make_bank("neuron", (0.0,)))
+    asked, op = [], wise_kernels.gated_linear
+    monkeypatch.setattr(wise_kernels, "gated_linear", lambda *given: asked.append(given[-1]) or op(*given))
+    module(a)
+    assert not asked  # a prompt is not decided yet
+    for held in ([-1, -1], [0, -1]):
+        module.routing.held = torch.tensor(held)
+        module.exact_main = not module.exact_main
+        y = module(a)
+        assert asked.pop() is module.exact_main and torch.equal(y[1], base(a)[1])
+        assert torch.equal(y[0], base(a)[0]) == (held[0] < 0)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
 def test_it_looks_like_what_it_wraps(kind):
     base = make_base(kind)
     module = DualMemoryLinear(base)

@@ -39,6 +39,10 @@ class DualMemoryLinear(nn.Module):
         routing: context that knows prompts and caches; a fresh one treats every token as prompt.
         reduction: of token scores, "mean" or "max".
         dtype: of the activations, and so of the side memory; None takes what the layer says it computes in.
+        exact_main: whether the main memory's output always comes from the layer's own product, so that sequences out
+            of scope repeat the unedited model to the bit. Otherwise a step of up to 16 decoded tokens on a device is
+            one launch that reads the weight and the chosen memory together (`wise_kernels.gated_linear`), and the
+            output differs in the last bits. May be set at any time.
 
     Attributes:
         reserved: whether the buffers are room (`reserve`), in which banks are changed in place.
@@ -55,6 +59,7 @@ class DualMemoryLinear(nn.Module):
         routing: Routing | None = None,
         reduction: str = "mean",
         dtype: torch.dtype | None = None,
+        exact_main: bool = True,
     ):
         super().__init__()
         if not is_linear(base_layer) and not place.is_quantized(base_layer):
@@ -64,7 +69,7 @@ class DualMemoryLinear(nn.Module):
             )
         self.base_layer = base_layer
         self.routing = Routing() if routing is None else routing
-        self.reduction = reduction
+        self.reduction, self.exact_main = reduction, exact_main
         self.in_features, self.out_features = linear_shape(base_layer)
         for name in _BUFFERS:
             self.register_buffer(name, None)
@@ -220,11 +225,15 @@ class DualMemoryLinear(nn.Module):
             return self.base_layer(a)
         flat = a.reshape(-1, a.shape[-1])
         seen, held = place.whole(flat, self.in_features, self.base_layer), self.routing.held
+        bank = self.values, self.index, self.bounds
+        if held is not None and self.plain and self.layout == "neuron":
+            main = linear_weight(self.base_layer), self.bias
+            y = kernels.gated_linear(seen, *main, *bank, held.to(a.device), self.exact_main)
+            return y.view(*a.shape[:-1], self.out_features)
         if held is None:
             y, side, choice = self._prefill(a, flat, seen)
         else:
             y, side, choice = self._main(flat), None, held.to(a.device)
-        bank = self.values, self.index, self.bounds
         if self.layout == "neuron":
             kernels.gated_add_(y, seen, *bank, choice, side)
         else:

@@ -6,6 +6,7 @@ banks of J compact side memories, routing, editing steps and merging. `reference
     leverage                        how much of each token a memory was not taught
     route, sketched_route           scores of sequences, thresholds, top-1 (eq. 6); the latter for many memories
     gated_add_                      adds the chosen side response to the main output, in place
+    gated_linear                    main projection and the chosen response, for a decode step
     masked_update_                  one optimiser step on a memory, in place, without a dense gradient
     ties_merge                      shards into one memory (Yadav et al. 2023)
     pack_bits, unpack_bits, popcount_table      the bit masks of the element layout
@@ -18,6 +19,7 @@ The neuron layout keeps columns of D, the element layout (..._element) a bit for
 from .bits import pack_bits, popcount_table, unpack_bits
 from .dual_forward import dual_forward, dual_forward_element, keeps_response
 from .gated_add import gated_add_, gated_add_element_
+from .gated_linear import gated_linear
 from .leverage import leverage
 from .masked_update import masked_update_, masked_update_element_
 from .route import route
@@ -30,6 +32,7 @@ __all__ = [
     "dual_forward_element",
     "gated_add_",
     "gated_add_element_",
+    "gated_linear",
     "keeps_response",
     "leverage",
     "masked_update_",

@@ -128,14 +128,20 @@ def _fake(y, a, values, layout, bounds, choice, side, popcounts=None):
     return None
 
 
-def _check_gate(y: Tensor, a: Tensor, outputs: int, memories: int, choice: Tensor, side: Tensor | None) -> None:
+def check_gate(a: Tensor, choice: Tensor) -> None:
+    """Raise ValueError unless `choice` is int64 [B] and B divides the rows of `a`."""
     tokens = a.shape[0]
-    if y.dim() != 2 or y.shape[0] != tokens or y.shape[1] != outputs or y.dtype != a.dtype:
-        raise ValueError(f"y must be {a.dtype} [{tokens}, {outputs}], got {y.dtype} {tuple(y.shape)}")
     if choice.dim() != 1 or choice.dtype != torch.int64:
         raise ValueError(f"choice must be int64 [B], got {choice.dtype} {tuple(choice.shape)}")
     if tokens and (choice.shape[0] == 0 or tokens % choice.shape[0]):
         raise ValueError(f"{tokens} tokens do not divide into {choice.shape[0]} sequences (N = B T)")
+
+
+def _check_sum(y: Tensor, a: Tensor, outputs: int, memories: int, choice: Tensor, side: Tensor | None) -> None:
+    tokens = a.shape[0]
+    if y.dim() != 2 or y.shape[0] != tokens or y.shape[1] != outputs or y.dtype != a.dtype:
+        raise ValueError(f"y must be {a.dtype} [{tokens}, {outputs}], got {y.dtype} {tuple(y.shape)}")
+    check_gate(a, choice)
     if side is not None and (tuple(side.shape) != (memories, tokens, outputs) or side.dtype != y.dtype):
         raise ValueError(
             f"side must be {y.dtype} [{memories}, {tokens}, {outputs}], got {side.dtype} {tuple(side.shape)}; pass "
@@ -143,7 +149,8 @@ def _check_gate(y: Tensor, a: Tensor, outputs: int, memories: int, choice: Tenso
         )
 
 
-def _differentiable(*tensors: Tensor | None) -> bool:
+def differentiable(*tensors: Tensor | None) -> bool:
+    """Whether a gradient is wanted of any of them."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -173,11 +180,11 @@ def gated_add_(
     or bounds that do not lie in `values`.
     """
     a, values, side = autocast(a, values, side)
-    _check_gate(y, a, values.shape[1], check_neuron(a, values, columns, bounds), choice, side)
+    _check_sum(y, a, values.shape[1], check_neuron(a, values, columns, bounds), choice, side)
     if direct(y, a, values, columns, bounds, choice, side):
         return _add_neuron(y, a, values, columns, bounds, choice, side)
     # No custom op can be in place and differentiable at once; the op would drop the gradient silently.
-    if not _differentiable(y, a, values, side):
+    if not differentiable(y, a, values, side):
         return _gated_add_(y, a, values, columns, bounds, choice, side)
     _add_chosen(y, choice, side_forward(a, values, columns, bounds)[0] if side is None else side)
 
@@ -211,9 +218,9 @@ def gated_add_element_(
     or bounds that do not lie in `values`.
     """
     a, values, side = autocast(a, values, side)
-    _check_gate(y, a, bits.shape[1], check_element(a, values, bits, bounds), choice, side)
+    _check_sum(y, a, bits.shape[1], check_element(a, values, bits, bounds), choice, side)
     if direct(y, a, values, bits, bounds, choice, side):
         return _add_element(y, a, values, bits, bounds, choice, side)
-    if not _differentiable(y, a, values, side):
+    if not differentiable(y, a, values, side):
         return _gated_add_element_(y, a, values, bits, bounds, choice, side, popcounts)
     _add_chosen(y, choice, side_forward_element(a, values, bits, bounds)[0] if side is None else side)

@@ -213,10 +213,10 @@ def test_operands_of_two_dtypes_meet_in_fp32():
     "tokens,rows,columns,itemsize,regime",
     [
         (64, 410, 640, 4, "narrow"),
-        (64, 2202, 4096, 2, "few16"),
+        (64, 2202, 4096, 2, "short16"),
         (512, 2202, 4096, 2, "few16"),
         (2048, 2202, 4096, 2, "many16"),
-        (64, 2202, 4096, 4, "few32"),
+        (64, 2202, 4096, 4, "short32"),
         (512, 2202, 4096, 4, "many32"),
     ],
 )

@@ -29,7 +29,7 @@ GROUP = 8
 SHORT = Tile(64, 64, 64, 4, 4)
 # Large tiles first.
 TILES = {
-    "wgmma": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 4, 4), SHORT),
+    "wgmma": (Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4), SHORT),
     "mma": (Tile(128, 128, 32, 4, 4), SHORT),
     "amd": (Tile(128, 128, 64, 4, 2), Tile(64, 64, 64, 4, 2)),
     "fp32": (Tile(64, 64, 16, 4, 3),),

@@ -6,7 +6,8 @@ Rows are taken in tiles and a tile walks over the memories that its rows have ch
 launch of few programs, the least that a step out of scope can cost. In scope it is bound by the latencies of choice,
 bounds, columns, activations and values, one behind the other, then by reading the values once, 2 |S_j| O bytes in 16
 bits: 17 us on an H100 for Llama-2-7B at rho 0.2, of which 6 are bandwidth. Shares of the columns in several hundred
-programs, added up by a second launch, took 15, but 1.5 us more of every step out of scope.
+programs, added up by a second launch, took 15, but 1.5 us more of every step out of scope; on a stream beside the
+projection's they took as long as this in scope, and 5 us out of it.
 
 More rows in two launches: `pack` gathers each row's active columns, so that the product reads whole vectors; then tiles
 of the product, 2 N |S_j| O FLOP, bound by the matrix units. Many short sequences are first put in the order of their

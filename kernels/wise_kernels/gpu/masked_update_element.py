@@ -23,6 +23,7 @@ from .update_tile import (
     apply_step,
     case,
     hyper_arguments,
+    load_entries,
     product_cases,
     product_operands,
     split_columns,
@@ -111,14 +112,17 @@ def element_step_kernel(
     if start + BLOCK <= end:
         # Without a mask, because V is any number and a mask of it allows no vector loads.
         m_entry = tl.full((BLOCK,), True, tl.int1)
+        entries = load_entries(p_values, p_first, p_second, o_entry, m_entry, ADAM, MOMENTUM)
         apply_step(
-            tl.load(p_grad + o_entry), p_values, p_first, p_second, p_copy, o_entry, m_entry,
+            tl.load(p_grad + o_entry), entries, p_values, p_first, p_second, p_copy, o_entry, m_entry,
             lr, decay, momentum, weight1, beta2, eps, scale, step_size, clamp, ADAM, MOMENTUM, CLAMP, COPY,
         )  # fmt: skip
     else:
         m_entry = o_entry < end
+        entries = load_entries(p_values, p_first, p_second, o_entry, m_entry, ADAM, MOMENTUM)
+        b_grad = tl.load(p_grad + o_entry, mask=m_entry, other=0.0)
         apply_step(
-            tl.load(p_grad + o_entry, mask=m_entry, other=0.0), p_values, p_first, p_second, p_copy, o_entry, m_entry,
+            b_grad, entries, p_values, p_first, p_second, p_copy, o_entry, m_entry,
             lr, decay, momentum, weight1, beta2, eps, scale, step_size, clamp, ADAM, MOMENTUM, CLAMP, COPY,
         )  # fmt: skip
 

@@ -14,28 +14,39 @@ EXACT_TOKENS = 64
 
 
 @triton.jit
+def load_entries(p_values, p_first, p_second, o_entry, m_entry, ADAM: tl.constexpr, MOMENTUM: tl.constexpr):
+    """The entries at `o_entry` and, as far as the optimiser has them, their moments, for `apply_step`."""
+    b_value = tl.load(p_values + o_entry, mask=m_entry, other=0.0).to(tl.float32)
+    b_first, b_second = b_value, b_value
+    if ADAM or MOMENTUM:
+        b_first = tl.load(p_first + o_entry, mask=m_entry, other=0.0)
+    if ADAM:
+        b_second = tl.load(p_second + o_entry, mask=m_entry, other=0.0)
+    return b_value, b_first, b_second
+
+
+@triton.jit
 def apply_step(
-    b_grad, p_values, p_first, p_second, p_copy, o_entry, m_entry, lr, decay, momentum, weight1, beta2, eps, scale,
-    step_size, clamp,
+    b_grad, entries, p_values, p_first, p_second, p_copy, o_entry, m_entry, lr, decay, momentum, weight1, beta2, eps,
+    scale, step_size, clamp,
     ADAM: tl.constexpr, MOMENTUM: tl.constexpr, CLAMP: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
     """The step of the entries at `o_entry`, in torch.optim's order of operations, in fp32."""
-    b_value = tl.load(p_values + o_entry, mask=m_entry, other=0.0).to(tl.float32) * decay
+    b_value, b_first, b_second = entries
+    b_value *= decay
     if ADAM:
-        b_first = tl.load(p_first + o_entry, mask=m_entry, other=0.0)
-        b_second = tl.load(p_second + o_entry, mask=m_entry, other=0.0)
         # torch.lerp changes form at 1/2, so that weight 1 gives the end exactly.
         near = b_first + weight1 * (b_grad - b_first)
         b_first = tl.where(weight1 < 0.5, near, b_grad - (b_grad - b_first) * (1.0 - weight1))
         b_second = b_second * beta2 + (1.0 - beta2) * b_grad * b_grad
-        # Approximate root and quotient would show in small second moments.
-        b_root = tl.div_rn(tl.sqrt_rn(b_second), scale) + eps
-        b_value = b_value - step_size * tl.div_rn(b_first, b_root)
+        # Root and quotients to the last bit or two: exactly rounded ones take longer than a small product.
+        b_root = tl.sqrt(b_second) / scale + eps
+        b_value = b_value - step_size * (b_first / b_root)
         tl.store(p_first + o_entry, b_first, mask=m_entry)
         tl.store(p_second + o_entry, b_second, mask=m_entry)
     else:
         if MOMENTUM:
-            b_grad = tl.load(p_first + o_entry, mask=m_entry, other=0.0) * momentum + b_grad
+            b_grad = b_first * momentum + b_grad
             tl.store(p_first + o_entry, b_grad, mask=m_entry)
         b_value = b_value - lr * b_grad
     if CLAMP:
