@@ -8,6 +8,7 @@ import torch
 from tests.edited import ELSEWHERE, FACTS, logits, make_editor, same
 from wise_fast import rehearsal
 from wise_fast.data import Edit
+from wise_fast.memory import storable
 from wise_fast.merging import merge_closed
 from wise_fast.metrics import answer
 from wise_fast.rehearsal import _Practice
@@ -231,7 +232,19 @@ class TestFullShards:
         assert torch.equal(editor.memories[0].values, before)
 
 
-def test_the_learning_rate_warms_up_and_falls():
+def test_the_learning_rate_warms_up_and_stays():
     paces = [rehearsal._pace(step, 100) for step in range(100)]
-    assert paces[0] < paces[4] < paces[9] == max(paces) <= rehearsal._GENTLE
-    assert paces[9:] == sorted(paces[9:], reverse=True) and paces[-1] == rehearsal._GENTLE * rehearsal._LEAST
+    assert paces[0] < paces[4] < paces[9] == rehearsal._GENTLE and set(paces[9:]) == {rehearsal._GENTLE}
+    assert rehearsal._pace(0, 1) == rehearsal._GENTLE
+
+
+@pytest.mark.parametrize("passes,mean", [(5, 7.0), (1, 1.0)])
+def test_what_is_kept_is_the_mean_of_the_second_half_of_the_steps(monkeypatch, passes, mean):
+    kept = []
+    monkeypatch.setattr(_Practice, "practise", lambda self, edits, z, moments, taken, pace: z.fill_(taken))
+    monkeypatch.setattr(rehearsal._Rehearsal, "_judged", lambda self, memory, alive: (kept.append(memory), {}, []))
+    editor, state = waiting(rehearsals=passes)
+    rehearsal.merge_closed(editor, state)
+    origin = state.closed[0].taught.origin
+    expected = storable(origin @ torch.full_like(kept[0].values, mean))
+    assert torch.equal(kept[0].values, expected) and not torch.equal(expected, 0 * expected)
