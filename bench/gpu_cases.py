@@ -30,7 +30,7 @@ class Built:
     Attributes:
         arms: by name; "plain" is also compiled where the case asks for it.
         moved, flops: bytes and operations that ours cannot do without.
-        pair: (expected, got) of one call of plain and of ours, to be compared before anything is timed.
+        pair: (expected, got) of one call of plain and of each arm of ours, to be compared before anything is timed.
     """
 
     arms: dict[str, Arm]
@@ -54,7 +54,8 @@ class Case:
 
 
 def pair_of(arms: dict[str, Arm]) -> Callable[[], tuple[Tensor, Tensor]]:
-    return lambda: (arms["plain"].call(), arms["ours"].call())
+    ours = [arm for name, arm in arms.items() if name not in ("projection", "plain")]
+    return lambda: tuple(torch.cat([a.call() for a in some]) for some in ([arms["plain"]] * len(ours), ours))
 
 
 def inputs(place: Place, model: str, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -76,7 +77,7 @@ def work(a: Tensor, weight: Tensor, bank: Bank | None, read: bool = True) -> tup
 
 def decode(model: str, layout: str, rows: int, memories: int, dtype: torch.dtype, inside: bool) -> Callable:
     """A decoded token of each of `rows` sequences, the decision taken at prefill: projection and gated add, in two
-    launches ("ours", exact) and in one ("fused")."""
+    launches ("ours", exact) and, in the neuron layout, in one ("fused")."""
 
     def build(place: Place) -> Built:
         a, weight = inputs(place, model, rows, dtype)

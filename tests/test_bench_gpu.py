@@ -7,7 +7,7 @@ import torch
 
 from bench import gpu, records
 from bench.gpu_banks import Place
-from bench.gpu_cases import Built, Case, serving
+from bench.gpu_cases import Built, Case, pair_of, serving
 from bench.gpu_editing import editing
 from bench.gpu_timing import Arm, Ceilings, Clock
 
@@ -29,7 +29,12 @@ def test_cases_have_names_of_their_own_and_ours_is_compared():
     assert {case.memories for case in cases if case.op == "norms"} == {1, 4, 16, 64}
     for case in cases:
         built = case.build(Place(CPU, full=False))
-        assert list(built.arms)[-1] == "ours" and "plain" in built.arms and built.moved > 0
+        assert {"plain", "ours"} <= set(built.arms) and built.moved > 0
+        fused = case.op == "decode" and ", neuron, " in case.name
+        assert ("fused" in built.arms) == fused and list(built.arms)[-1] == ("fused" if fused else "ours")
+    wrong = {name: Arm(lambda: torch.ones(3)) for name in ("plain", "ours")} | {"fused": Arm(lambda: torch.zeros(3))}
+    with pytest.raises(ValueError, match="away from plain"):
+        gpu.compare(*pair_of(wrong)(), torch.float32)
 
 
 @pytest.fixture

@@ -239,22 +239,34 @@ def test_element_banks_keep_their_popcounts_and_pass_them(monkeypatch, held):
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
-@pytest.mark.parametrize("exact", [True, False])
-def test_a_decoded_token_may_be_one_op(monkeypatch, kind, exact):
-    """Without `exact_main` a device makes it in one launch; a CPU does not, and the bits stay."""
+def test_a_decoded_token_is_one_op_where_bits_do_not_matter(monkeypatch, kind):
     base, a = make_base(kind), inputs(2, 1)
-    module = DualMemoryLinear(base, exact_main=exact)
-    module.set_bank(make_bank("neuron", (0.0,)))
     asked, op = [], wise_kernels.gated_linear
-    monkeypatch.setattr(wise_kernels, "gated_linear", lambda *given: asked.append(given[-1]) or op(*given))
+    monkeypatch.setattr(wise_kernels, "gated_linear", lambda *given, **more: asked.append(more) or op(*given, **more))
+    for exact in (True, False):
+        module = DualMemoryLinear(base, exact_main=exact)
+        module.set_bank(make_bank("neuron", (0.0,)))
+        module(a)
+        assert not asked  # a prompt is not decided yet
+        for held in ([-1, -1], [0, -1]):
+            module.routing.held = torch.tensor(held)
+            y = module(a)
+            assert asked == ([] if exact else [{"exact_main": False}])
+            asked.clear()
+            assert torch.equal(y[1], base(a)[1]) and torch.equal(y[0], base(a)[0]) == (held[0] < 0)
+    module.set_bank(make_bank("element", (0.0,)))
     module(a)
-    assert not asked  # a prompt is not decided yet
-    for held in ([-1, -1], [0, -1]):
-        module.routing.held = torch.tensor(held)
-        module.exact_main = not module.exact_main
-        y = module(a)
-        assert asked.pop() is module.exact_main and torch.equal(y[1], base(a)[1])
-        assert torch.equal(y[0], base(a)[0]) == (held[0] < 0)
+    assert not asked
+
+
+def test_the_layers_own_forward_makes_a_decoded_token():
+    base = make_base()
+    module, calls = DualMemoryLinear(base), []
+    module.set_bank(make_bank("neuron", (0.0,)))
+    module.routing.held = torch.tensor([0, -1])
+    base.register_forward_hook(lambda *_: calls.append(1))
+    module(inputs(2, 1))
+    assert calls == [1]
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])

@@ -40,9 +40,10 @@ class DualMemoryLinear(nn.Module):
         reduction: of token scores, "mean" or "max".
         dtype: of the activations, and so of the side memory; None takes what the layer says it computes in.
         exact_main: whether the main memory's output always comes from the layer's own product, so that sequences out
-            of scope repeat the unedited model to the bit. Otherwise a step of up to 16 decoded tokens on a device is
-            one launch that reads the weight and the chosen memory together (`wise_kernels.gated_linear`), and the
-            output differs in the last bits. May be set at any time.
+            of scope repeat the unedited model to the bit. Otherwise up to 16 decoded tokens on a device are one launch
+            that reads the weight and the chosen memory together (`wise_kernels.gated_linear`; neuron layout, a weight
+            in floating point, no gradient), and the output differs in the last bits. May be set at any time: what is
+            compiled compiles again, and a captured graph stays as it is.
 
     Attributes:
         reserved: whether the buffers are room (`reserve`), in which banks are changed in place.
@@ -226,9 +227,9 @@ class DualMemoryLinear(nn.Module):
         flat = a.reshape(-1, a.shape[-1])
         seen, held = place.whole(flat, self.in_features, self.base_layer), self.routing.held
         bank = self.values, self.index, self.bounds
-        if held is not None and self.plain and self.layout == "neuron":
+        if held is not None and not self.exact_main and self.plain and self.layout == "neuron":
             main = linear_weight(self.base_layer), self.bias
-            y = kernels.gated_linear(seen, *main, *bank, held.to(a.device), self.exact_main)
+            y = kernels.gated_linear(seen, *main, *bank, held.to(a.device), exact_main=False)
             return y.view(*a.shape[:-1], self.out_features)
         if held is None:
             y, side, choice = self._prefill(a, flat, seen)

@@ -15,12 +15,14 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_bounds(bounds: Tensor, values: Tensor) -> int:
-    """Return J, or raise ValueError unless `bounds` is int64 [J + 1] on the device of `values`."""
+    """Return J, or raise ValueError unless `bounds` is int64 [J + 1], contiguous, on the device of `values`."""
     if not isinstance(bounds, Tensor):
         raise ValueError(f"bounds must be a tensor on {values.device}, got {bounds!r}: build it once, with the bank")
     if bounds.dim() != 1 or bounds.shape[0] < 1 or bounds.dtype != torch.int64 or bounds.device != values.device:
         given = f"{bounds.dtype} {tuple(bounds.shape)} on {bounds.device}"
         raise ValueError(f"bounds must be int64 [J + 1] on {values.device} like the bank, got {given}")
+    if not bounds.is_contiguous():
+        raise ValueError("bounds must be contiguous, since a device reads them as they lie; pass bounds.contiguous()")
     return bounds.shape[0] - 1
 
 

@@ -1,6 +1,6 @@
 """A decode step's projection with the chosen side response in one op (eq. 6): y_n = W a_n + b + D_j a_n for
-j = choice[n // T], or W a_n + b where the choice is -1; a [N, F], W [O, F], choice [B], N = B T. `dual_forward` and
-`gated_add_` are the same in two: they are for a prompt, whose choice is not known yet, and give y bit for bit.
+j = choice[n // T], or W a_n + b where the choice is -1; a [N, F], W [O, F], choice [B], N = B T. A prompt, whose choice
+is not known yet, takes `dual_forward`, `route` and `gated_add_` instead.
 """
 
 import torch
@@ -33,6 +33,8 @@ _gated_linear_op = torch.library.custom_op("wise::gated_linear", _gated_linear, 
 
 @_gated_linear_op.register_kernel("cuda")
 def _(a, weight, bias, values, columns, bounds, choice):
+    if a.shape[0] > FEW_ROWS or a.dtype == torch.float64:
+        return _gated_linear(a, weight, bias, values, columns, bounds, choice)
     from .gpu.gated_linear import gated_linear as launch
 
     return launch(a, weight, bias, values, columns, bounds, choice)
@@ -65,7 +67,7 @@ def gated_linear(
         choice: [B] int64 in {-1, ..., J - 1}, B dividing N; row n belongs to sequence n // (N / B).
         exact_main: whether rows out of scope are bit for bit F.linear's. Otherwise up to 16 rows on a device are one
             launch that reads W and the chosen values together, and y differs from F.linear in the last bits. On CPU,
-            for more rows, in fp64 and where a gradient is wanted, y is always exact.
+            for more rows, in fp64, without memories and where a gradient is wanted, y is always exact.
 
     Returns:
         y [N, O] in the dtype of `a`.

@@ -216,7 +216,8 @@ def masked_update_(
         dy: [N, O] floating point, the gradient of the loss to the projection's output.
         exp_avg: [K, O] fp32, zeros at first: the momentum buffer of SGD, the first moment of Adam. Changed in place.
         exp_avg_sq: [K, O] fp32, zeros at first: the second moment of Adam. Changed in place.
-        lr, momentum, betas, eps, weight_decay: as in torch.optim.
+        lr, momentum, betas, eps, weight_decay: as in torch.optim. With eps 0, a gradient whose second moment is below
+            1.2e-38 divides by zero on a device.
         step: number of this step, from 1.
         optimizer: "sgd" or "adam".
         clamp: bound on |values|, or None.

@@ -245,13 +245,14 @@ class Launches:
 def launches(monkeypatch):
     """Launchers of this package on fake tensors: names of the kernels they would launch, in order."""
     log = []
-    names = ("route", "leverage", "gated_rows", "gated_add", "gated_add_element", "sketch")
+    names = ("route", "leverage", "gated_rows", "gated_add", "gated_add_element", "gated_linear", "sketch")
     names += ("side_backward", "dual_tiles", "dual_forward", "row_sums")
     for name in names:
         module = pytest.importorskip(f"wise_kernels.gpu.{name}")
         monkeypatch.setattr(module, "guard", lambda tensor: nullcontext(), raising=False)
         monkeypatch.setattr(module, "dependent", lambda tensor: {}, raising=False)
         monkeypatch.setattr(module, "family", lambda tensor: "wgmma", raising=False)
+        monkeypatch.setattr(module, "is_sm100", lambda tensor: False, raising=False)
         for kernel in [k for k in vars(module) if k.endswith("_kernel")]:
             monkeypatch.setattr(module, kernel, Launches(log, kernel))
     return log
@@ -261,7 +262,7 @@ def launches(monkeypatch):
 @pytest.mark.parametrize("memories", [1, 4, 64])
 def test_launchers_read_nothing_on_the_host(launches, memories, batch, tokens):
     # Reading a fake tensor's data raises, and a grid cannot depend on it. Llama-2-7B: 4096 x 11008, rho 0.2.
-    from wise_kernels.gpu import gated_add, gated_add_element, gated_rows, side_backward, sketch
+    from wise_kernels.gpu import gated_add, gated_add_element, gated_linear, gated_rows, side_backward, sketch
     from wise_kernels.gpu import leverage as lever
     from wise_kernels.gpu import route as routes
 
@@ -281,6 +282,8 @@ def test_launchers_read_nothing_on_the_host(launches, memories, batch, tokens):
         packed = torch.empty(memories * 9_000_000, dtype=torch.bfloat16, **kind)
         bits = torch.empty(memories, 4096, 344, **kind).int()
         popcounts = torch.empty(memories, 4096, 172, **kind).int()
+        weight, few = (torch.empty(n, 11008, dtype=torch.bfloat16, **kind) for n in (4096, min(rows, 16)))
+        one = torch.empty(1, **kind).long()
         counts = []
         for run in (
             lambda: routes.route(norms, mask, thresholds, None, "mean"),
@@ -292,6 +295,7 @@ def test_launchers_read_nothing_on_the_host(launches, memories, batch, tokens):
             lambda: sketch.sketched_route(a, values, index, bounds, sketched, mask, thresholds, 0.7, 1.5, None, "mean"),
             lambda: side_backward.side_backward(torch.empty_like(side), a, values, index, bounds),
             lambda: side_backward.responses(a, values, index, bounds),
+            lambda: gated_linear.gated_linear(few, weight, None, values, index, bounds, one),
         ):
             before = len(launches)
             run()
@@ -299,4 +303,4 @@ def test_launchers_read_nothing_on_the_host(launches, memories, batch, tokens):
     assert all(1 <= count <= 2 for count in counts[:3]) and counts[4] == 1
     # Decoding adds one launch to the projection's, or three that unpack.
     assert counts[3] == 1 if rows <= 16 else counts[3] <= 3
-    assert counts[5] <= 3 and counts[6] <= 7 and counts[7] == 4 and counts[8] <= 4
+    assert counts[5] <= 3 and counts[6] <= 7 and counts[7] == 4 and counts[8] <= 4 and counts[9] == 1

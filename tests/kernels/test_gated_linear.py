@@ -1,5 +1,7 @@
 """gated_linear: F.linear and the chosen response, the kernel against the definition, and what it does not read."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_banks import WIDTH, neuron_bank, normal
 from tolerances import DTYPES, assert_within
+from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 from wise_kernels import gated_add_, gated_linear, reference
 
 gpu = pytest.importorskip("wise_kernels.gpu.gated_linear")
+op = sys.modules["wise_kernels.gated_linear"]  # the package's name for it is the function
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("a", "weight", "bias", "values", "columns", "bounds", "choice")
 
@@ -68,6 +72,8 @@ def test_strides_and_empty_inputs(poisoned):
     assert torch.equal(launched((*spread, bounds, choice)), expected)
     transposed = weight.t().contiguous().t()
     assert torch.equal(launched((a, transposed, bias, values, columns, bounds, choice)), expected)
+    strided = torch.stack([choice, choice - 9], -1)[..., 0]
+    assert torch.equal(launched((a, weight, bias, values, columns, bounds, strided)), expected)
     assert launched((a[:0], weight, bias, values, columns, bounds, choice)).shape == (0, 7)
     assert_within(launched(case((0, 0), [1, 0])), *2 * (defined(*case((0, 0), [1, 0])),), torch.float32)
 
@@ -122,6 +128,37 @@ def test_opcheck_and_compile():
 
 
 @pytest.mark.parametrize(
+    "fused,change",
+    [
+        (True, {}),
+        (False, {"exact_main": True}),
+        (False, {"rows": 17}),
+        (False, {"dtype": torch.float64}),
+        (False, {"memories": 0}),
+        (False, {"gradient": True}),
+    ],
+)
+def test_when_a_device_takes_one_launch(monkeypatch, fused, change):
+    """On fake tensors, which need no device, and nothing is computed."""
+    monkeypatch.setattr(op, "_gated_linear", lambda *given: "two")
+    monkeypatch.setattr(op, "_gated_linear_op", lambda *given: "one")
+    given = {"exact_main": False, "rows": 16, "dtype": torch.bfloat16, "memories": 2, "gradient": False} | change
+    kind = {"device": "cuda", "dtype": given["dtype"]}
+    with FakeTensorMode():
+        a, weight = torch.empty(given["rows"], WIDTH, **kind), torch.empty(7, WIDTH, **kind)
+        values, columns = torch.empty(9, 7, **kind), torch.empty(9, device="cuda", dtype=torch.int64)
+        bounds, choice = (torch.empty(n, device="cuda", dtype=torch.int64) for n in (given["memories"] + 1, 1))
+        a.requires_grad_(given["gradient"])
+        found = gated_linear(a, weight, None, values, columns, bounds, choice, given["exact_main"])
+    assert found == ("one" if fused else "two")
+
+
+def test_the_launch_refuses_more_rows_than_it_has():
+    with pytest.raises(ValueError, match="17 rows"):
+        launched(case((5, 6), [0] * 17))
+
+
+@pytest.mark.parametrize(
     "message,change",
     {
         "weight must be": {"weight": torch.zeros(7, WIDTH + 1)},
@@ -131,6 +168,7 @@ def test_opcheck_and_compile():
         "not divide": {"choice": torch.tensor([0, 0, 0])},
         "choice names memory 2": {"choice": torch.tensor([0, 2])},
         "from 0 to at most the 11 rows": {"bounds": torch.tensor([0, 5, 12])},
+        "bounds must be contiguous": {"bounds": torch.tensor([[0, 9], [5, 9], [11, 9]])[:, 0]},
     }.items(),
 )
 def test_errors(message, change):

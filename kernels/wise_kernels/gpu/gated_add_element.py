@@ -21,7 +21,7 @@ from .element_tile import before_first, memory_of, next_block, octets_of, pairs_
 from .gated_add import add_rows
 from .gated_rows import ordered, rows_of
 from .launch import SIZES, AotCase, dependent, guard, interpreted, wait_for_inputs
-from .tile import EXPECT_OF, TARGETS_OF, Tile, family, kinds_of
+from .tile import EXPECT_OF, TARGETS_OF, Tile, family, is_sm100, kinds_of
 
 FEW_ROWS, SOME_ROWS = 16, 64
 # (up to FEW_ROWS, up to SOME_ROWS, more)
@@ -118,10 +118,10 @@ def sum_fwd_kernel(
         tl.store(p_row, (b_y + b_sum).to(p_y.dtype.element_ty), mask=m_o)
 
 
-def tile_of(table: str, regime: int, blackwell: bool) -> Tile:
+def tile_of(table: str, regime: int, sm100: bool) -> Tile:
     """The tile for up to FEW_ROWS, up to SOME_ROWS or more (0, 1, 2)."""
     tile = TILES[table][regime]
-    return replace(tile, registers=REGISTERS_SM100) if blackwell and tile.registers else tile
+    return replace(tile, registers=REGISTERS_SM100) if sm100 and tile.registers else tile
 
 
 def gated_add_element(
@@ -141,8 +141,7 @@ def gated_add_element(
         gated_add_element(y[half:], a[half:], values, bits, bounds, two, popcounts)
         return
     values, bits, choice = pairs_of(values), bits.contiguous(), choice.contiguous()
-    blackwell = a.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(a.device)[0] == 10
-    tile = tile_of(family(a), (rows > FEW_ROWS) + (rows > SOME_ROWS), blackwell)
+    tile = tile_of(family(a), (rows > FEW_ROWS) + (rows > SOME_ROWS), is_sm100(a))
     tiles_n, tiles_o = triton.cdiv(rows, tile.rows), triton.cdiv(outputs, tile.outputs)
     splits = splits_of(tile, tiles_n * tiles_o, width)
     chunk = triton.cdiv(triton.cdiv(width, splits), tile.depth) * tile.depth

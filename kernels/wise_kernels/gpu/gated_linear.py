@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..gated_linear import FEW_ROWS
 from .gated_rows import active_at, columns_at, rows_of
 from .launch import SIZES, AotCase, dependent, guard, interpreted, wait_for_inputs
 from .tile import TARGETS_OF, family, kinds_of
 
-ROWS = 16
 # outputs of a program, inputs and columns of a step, num_warps, num_stages
 TILES = {
     "wgmma": (32, 256, 256, 4, 4),
@@ -90,7 +90,7 @@ def linear_fwd_kernel(
     for f in range(0, width, BLOCK_F):
         m_f = f + o_f < width
         b_w = tl.load(p_w + (f + o_f).to(tl.int64)[None, :] * s_wf, mask=m_o[:, None] & m_f[None, :], other=0.0)
-        b_a = tl.load(p_rows + (f + o_f)[None, :] * s_af, mask=m_n[:, None] & m_f[None, :], other=0.0)
+        b_a = tl.load(p_rows + (f + o_f).to(tl.int64)[None, :] * s_af, mask=m_n[:, None] & m_f[None, :], other=0.0)
         b_y = _dot(b_a, tl.trans(b_w), b_y, UPCAST)
     o_out, values = o_o * s_vo, (p_values, s_vr)
     b_side = _respond(opened, p_rows, p_columns, values, o_out, m_o, o_c, s_af, UPCAST, BLOCK_N, BLOCK_O, BLOCK_K)
@@ -119,8 +119,10 @@ def gated_linear(
     bounds: Tensor,
     choice: Tensor,
 ) -> Tensor:
-    """y [N, O] for N up to ROWS; shapes and dtypes as in `wise_kernels.gated_linear`, any strides. One launch."""
+    """y [N, O] for N up to FEW_ROWS; shapes, dtypes and strides as in `wise_kernels.gated_linear`. One launch."""
     (rows, width), outputs = a.shape, weight.shape[0]
+    if rows > FEW_ROWS:
+        raise ValueError(f"a has {rows} rows, and this launch takes up to {FEW_ROWS}")
     y = torch.empty(rows, outputs, dtype=a.dtype, device=a.device)
     if y.numel() == 0:
         return y
@@ -131,7 +133,7 @@ def gated_linear(
             y, a, weight, weight if bias is None else bias, values, columns, bounds, choice,
             rows, rows // choice.shape[0], bounds.shape[0] - 1, outputs, width,
             *a.stride(), *weight.stride(), *values.stride(),
-            HAS_BIAS=bias is not None, UPCAST=interpreted(), BLOCK_N=ROWS, BLOCK_O=block_o, BLOCK_F=block_f,
+            HAS_BIAS=bias is not None, UPCAST=interpreted(), BLOCK_N=FEW_ROWS, BLOCK_O=block_o, BLOCK_F=block_f,
             BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages, **dependent(a),
         )  # fmt: skip
     return y
@@ -145,7 +147,7 @@ def aot_cases() -> list[AotCase]:
             types = dict.fromkeys(("p_y", "p_a", "p_weight", "p_bias", "p_values"), f"*{kind}")
             types |= dict.fromkeys(("p_columns", "p_bounds", "p_choice"), "*i64")
             meta = {"s_af": 1, "s_wf": 1, "s_vo": 1, "HAS_BIAS": True, "UPCAST": False, "PDL": False}
-            meta |= {"BLOCK_N": ROWS, "BLOCK_O": block_o, "BLOCK_F": block_f, "BLOCK_K": block_k}
+            meta |= {"BLOCK_N": FEW_ROWS, "BLOCK_O": block_o, "BLOCK_F": block_f, "BLOCK_K": block_k}
             names = linear_fwd_kernel.arg_names
             signature = {name: "constexpr" if name in meta else types.get(name, "i32") for name in names}
             cases.append(

@@ -36,7 +36,7 @@ CONFIGS = {
 }
 # Under this many 64 x 64 tiles a memory is narrow: some multiprocessors would have no tile, or one of two waves.
 FEW_TILES = 256
-# Up to so many tokens the product is shorter than what the step reads takes.
+# Up to so many tokens the product is shorter than what the step reads takes: measured at 64, and no longer at 512.
 SHORT_TOKENS = 128
 # Up to so many of 16 bits, small tiles: many programs an SM, of which some wait for memory while others multiply.
 # Beyond, tiles that read the operands less often.
@@ -57,8 +57,8 @@ def neuron_kernel(
     zeros.
 
     Bytes: K O (8 per fp32 array + 2 for a bf16 copy) + N (K + O) sizeof; flop: 2 N K O, three times in tf32x3.
-    Llama-2-7B (4096 x 11008, rho 0.2), Adam, on an H100: 75 us for 64 tokens, where reading and writing the three arrays
-    takes 77 by itself; 106 for 512 and 189 for 2048, whose product is only half hidden behind the step.
+    Llama-2-7B (4096 x 11008, rho 0.2), Adam, on an H100: 75 us for 64 tokens, where reading and writing the three
+    arrays takes 77 by itself. On another one 106 for 512 and 189 for 2048, whose product is only half hidden.
     """
     o_k = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     o_o = tl.program_id(0).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)

@@ -1,6 +1,7 @@
 """Block sizes of the matrix products, one frozen record a configuration, and which table of them fits a device."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -36,8 +37,17 @@ def family(tensor: torch.Tensor) -> str:
     if torch.version.hip is not None:
         return "amd"
     # Consumer cards and Ampere: no matrix instruction that reads shared memory, and less of that.
-    large = not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device)[0] in (9, 10)
-    return "wgmma" if large else "mma"
+    return "wgmma" if not tensor.is_cuda or _capability(tensor.device) in (9, 10) else "mma"
+
+
+def is_sm100(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is on a device of NVIDIA's Blackwell, whose compiler gives out registers in another way."""
+    return tensor.is_cuda and torch.version.hip is None and _capability(tensor.device) == 10
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 # The architectures that a table's configurations are compiled for ahead of time.

@@ -39,7 +39,8 @@ def apply_step(
         near = b_first + weight1 * (b_grad - b_first)
         b_first = tl.where(weight1 < 0.5, near, b_grad - (b_grad - b_first) * (1.0 - weight1))
         b_second = b_second * beta2 + (1.0 - beta2) * b_grad * b_grad
-        # Root and quotients to the last bit or two: exactly rounded ones take longer than a small product.
+        # Root and quotients to the last bit or two: exactly rounded ones take longer than a small product. A second
+        # moment below fp32's normal numbers (1.2e-38) has the root 0, which any usual eps is far above.
         b_root = tl.sqrt(b_second) / scale + eps
         b_value = b_value - step_size * (b_first / b_root)
         tl.store(p_first + o_entry, b_first, mask=m_entry)
