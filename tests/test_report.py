@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from wise_fast import commands, report_command
-from wise_fast.document import Grid, Heading, Paragraph, escaped, markdown, shown
+from wise_fast.document import Grid, Heading, Paragraph, Picture, escaped, markdown, shown
 from wise_fast.errors import StorageError
 from wise_fast.recorded import number, read_run, read_runs
 from wise_fast.report import write_report
@@ -138,7 +138,8 @@ def test_numbers_are_those_of_the_run_in_both_forms(run, tmp_path):
             *("0.987", "0.900", "1.000"),
         )
         assert (ours["s per edit"], ours["edits that hold"], ours["memories"]) == ("2.250", "1 of 2", "2")
-        assert (ours["served MB"], ours["peak MB"], ours["exact rephrased"]) == ("6.000", "2000", "–")
+        assert (ours["served MB"], ours["peak MB"]) == ("6.000", "2000")
+        assert "exact rephrased" not in ours  # asked for and never said
         points = table_with(tables, "seconds to score")
         assert [row[:3] for row in points[1:]] == [["wise_fast", "1", "0.987"], ["wise_fast", "2", "0.987"]]
         header = {row[0]: row[1] for row in next(t for t in tables if t[1][0] == "directory")[1:]}
@@ -185,7 +186,7 @@ def test_several_methods_side_by_side_ours_first(run, tmp_path):
     for name in ("grace", "wise_fast", "ft-l"):
         write(tmp_path / "all" / name, [], [point(2, [], reliability=0.5)], method=name)
     text, _ = made(tmp_path / "out", tmp_path / "all")
-    result = table_with(md_tables(text), "s per edit")
+    result = md_tables(text)[0]
     assert [row[0] for row in result[2:]] == ["wise_fast", "ft-l", "grace"]
     names = [found.name for found in read_runs([run, tmp_path / "all" / "wise_fast", tmp_path / "all" / "grace"])]
     assert names == ["wise_fast (run)", "wise_fast (wise_fast)", "grace"]
@@ -224,9 +225,10 @@ def test_odd_values_do_not_stop_it(run, tmp_path):
     (run / "evaluations.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (run / "journal.jsonl").write_text(json.dumps({"reports": [report_of({}, False, loss=None, note=None)]}))
     text, _ = made(tmp_path / "out", run)
-    result = table_with(md_tables(text), "s per edit")
+    result = table_with(md_tables(text), "edits that hold")
     row = dict(zip(result[0], result[1]))
-    assert (row["T"], row["Rel"], row["new figure"], row["s per edit"]) == ("2", "–", "3.500", "–")
+    assert (row["T"], row["new figure"], row.get("Rel"), row.get("s per edit")) == ("2", "3.500", None, None)
+    assert "no value of Rel at T = 2" in text
 
 
 def test_of_two_evaluations_at_one_t_the_later_counts(run):
@@ -298,6 +300,20 @@ def test_the_command(run, tmp_path):
 def test_texts_become_one_visible_line(text, line):
     assert shown(text) == line
     shown(text).encode()
+
+
+def test_a_column_without_a_value_is_left_out():
+    grid = Grid(["a", "b", "c"], [["1", "–", "–"], ["2", "–", "3"]], frozenset(["b", "c"]), "t").told()
+    assert (grid.columns, grid.rows, grid.title) == (["a", "c"], [["1", "–"], ["2", "3"]], "t")
+    assert markdown([grid]).splitlines()[2:4] == ["| a | c |", "| --- | --: |"]
+
+
+def test_pictures_that_follow_each_other_stand_side_by_side():
+    one, two = Picture("one", b"1", "first"), Picture("two", b"2", "second")
+    page = html("t", [Heading("h"), one, two, Paragraph("p"), one])
+    parts = page.split('<div class="pictures">')[1:]
+    assert [part.split("</div>")[0].count("<figure>") for part in parts] == [2, 1]
+    assert page.count("<figure>") == 3 and page.index("first") < page.index("second") < page.index("<p>p</p>")
 
 
 def test_markup_in_headings_paragraphs_and_titles_is_text():

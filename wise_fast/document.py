@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _LONGEST = 240
+NOTHING = "–"  # a cell without a value
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|#~$!])")
 
 
@@ -31,6 +32,12 @@ class Grid:
     numbers: frozenset[str] = frozenset()
     title: str = ""
     folded: bool = False
+
+    def told(self) -> Grid:
+        """Without the columns in which no row has a value."""
+        kept = [i for i in range(len(self.columns)) if any(row[i] != NOTHING for row in self.rows)]
+        columns, rows = [self.columns[i] for i in kept], [[row[i] for i in kept] for row in self.rows]
+        return replace(self, columns=columns, rows=rows)
 
 
 @dataclass(frozen=True)

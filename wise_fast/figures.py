@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from wise_fast.document import NOTHING
 from wise_fast.recorded import Run, number
 
 MB = 1e6
@@ -40,7 +41,7 @@ def label_of(name: str) -> str:
 def cell(value: object) -> str:
     found = number(value)
     if found is None:
-        return "–"
+        return NOTHING
     if abs(found) >= 1000:
         return f"{found:.0f}"
     return f"{found:.3f}" if abs(found) <= 10 else f"{found:.1f}"
@@ -48,4 +49,4 @@ def cell(value: object) -> str:
 
 def count(value: object) -> str:
     found = number(value)
-    return "–" if found is None else f"{found:.0f}"
+    return NOTHING if found is None else f"{found:.0f}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from html import escape
+from itertools import groupby
 
 from wise_fast.document import Block, Grid, Heading, Paragraph, Picture
 
@@ -17,9 +18,11 @@ h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd;
 table { border-collapse: collapse; font-size: .9rem; }
 caption { text-align: left; font-weight: 600; padding: .3rem 0; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #e2e2e2; text-align: left; vertical-align: top; }
-td { overflow-wrap: anywhere; min-width: 3.5rem; } th { white-space: nowrap; background: #f6f6f6; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; } figcaption { color: #555; font-size: .9rem; }
+td { overflow-wrap: break-word; max-width: 24rem; } th { vertical-align: bottom; background: #f6f6f6; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } td.n { white-space: nowrap; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1.5rem;
+  margin: 1.5rem 0; }
+figure { margin: 0; } img { max-width: 100%; height: auto; } figcaption { color: #555; font-size: .9rem; }
 summary { cursor: pointer; font-weight: 600; padding: .3rem 0; }
 """
 
@@ -33,7 +36,15 @@ def html(title: str, blocks: Sequence[Block]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
     )
-    return head + "\n".join(_block(block) for block in blocks) + "\n</body>\n</html>\n"
+    series = groupby(blocks, lambda block: isinstance(block, Picture))
+    parts = [_part(pictures, list(some)) for pictures, some in series]
+    return head + "\n".join(parts) + "\n</body>\n</html>\n"
+
+
+def _part(pictures: bool, blocks: Sequence[Block]) -> str:
+    """Pictures that follow each other stand side by side."""
+    inside = "\n".join(map(_block, blocks))
+    return f'<div class="pictures">{inside}</div>' if pictures else inside
 
 
 def _block(block: Block) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from wise_fast.document import Block, Grid, Heading, Paragraph, shown
+from wise_fast.document import NOTHING, Block, Grid, Heading, Paragraph, shown
 from wise_fast.figures import MB, MEANINGS, PERPLEXITY, cell, count, label_of
 from wise_fast.recorded import Run, number
 
@@ -32,21 +32,29 @@ def result(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
             (v for r in runs if r.last and (v := r.last["figures"].get("perplexity_before")) is not None), None
         )
         before = {"perplexity_after": known, **before}
-        rows.append(["unedited model", "–", *(cell(before.get(name)) for name in names), *["–"] * 5])
+        rows.append(["unedited model", NOTHING, *(cell(before.get(name)) for name in names), *[NOTHING] * 5])
     for run in runs:
         figures = run.last["figures"] if run.last else {}
         rows.append([shown(run.name), str(run.last["t"] if run.last else 0), *(cell(figures.get(n)) for n in names)])
         rows[-1] += _costs(run)
-    known = [f"{label_of(name)}: {': '.join(MEANINGS[name])}" for name in names if name in MEANINGS]
+    grid = Grid(columns, rows, frozenset(columns[1:])).told()
+    told = [name for name in names if name in MEANINGS and label_of(name) in grid.columns]
+    known = [f"{label_of(name)}: {_meaning(name)}" for name in told]
     costs = "s per edit: median wall time; peak MB: resident memory of the process, the model included"
     text = Paragraph("; ".join([*known, costs]) + ".")
-    return [Heading("Result"), Grid(columns, rows, frozenset(columns[1:])), text]
+    return [Heading("Result"), grid, text]
+
+
+def _meaning(name: str) -> str:
+    title, what = MEANINGS[name]
+    title = title[0].lower() + title[1:]
+    return title if what in title.lower() else f"{title} ({what})"
 
 
 def _costs(run: Run) -> list[str]:
     seconds = [value for _, value in run.seconds()]
     reports = run.reports
-    held = f"{sum(bool(r.get('success')) for r in reports)} of {len(reports)}" if reports else "–"
+    held = f"{sum(bool(r.get('success')) for r in reports)} of {len(reports)}" if reports else NOTHING
     memories, served, peak = (_last(run, name) for name in ("memories", "served", "rss"))
     return [
         cell(median(seconds) if seconds else None),
@@ -69,7 +77,7 @@ def points(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
         for run in runs
         for e in run.evaluations
     ]
-    return [Heading("All evaluation points"), Grid(columns, rows, frozenset(columns[1:]))] if rows else []
+    return [Heading("All evaluation points"), Grid(columns, rows, frozenset(columns[1:])).told()] if rows else []
 
 
 def worst(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
@@ -86,14 +94,14 @@ def worst(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
         rows = [[str(i + 1), *_texts(scores[i]), *(cell(scores[i].get(name)) for name in present)] for i in chosen]
         faulty = sum(_badness(score) > 1e-9 for score in scores)
         title = f"{shown(run.name)}: the worst {len(chosen)} of {faulty} edits that fall short of perfect"
-        blocks.append(Grid(columns, rows, frozenset(["#", *columns[5:]]), title))
+        blocks.append(Grid(columns, rows, frozenset(["#", *columns[5:]]), title).told())
     return [Heading("Worst edits"), *blocks] if blocks else []
 
 
 def _texts(score: Mapping) -> list[str]:
     edit = score.get("edit") or {}
     given = (edit.get("prompt"), edit.get("target"), score.get("before"), score.get("answer"))
-    return ["–" if text is None else shown(text) or "(empty)" for text in given]
+    return [NOTHING if text is None else shown(text) or "(empty)" for text in given]
 
 
 def _badness(score: Mapping) -> float:
@@ -120,10 +128,10 @@ def failed(runs: Sequence[Run]) -> list[Block]:
         rows = []
         for i in bad[:_WORST]:
             edit, losses = reports[i].get("edit") or {}, (reports[i].get("loss_before"), reports[i].get("loss"))
-            texts = [shown(edit.get("prompt", "–")), shown(edit.get("target", "–"))]
+            texts = [shown(edit.get("prompt", NOTHING)), shown(edit.get("target", NOTHING))]
             loss = " → ".join(map(cell, losses))
             rows.append(
-                [str(i + 1), *texts, count(reports[i].get("steps")), loss, shown(reports[i].get("note") or "–")]
+                [str(i + 1), *texts, count(reports[i].get("steps")), loss, shown(reports[i].get("note") or NOTHING)]
             )
         title = f"{shown(run.name)}: {len(bad)} of {len(reports)} edits" + (
             f", the first {_WORST} shown" if len(bad) > _WORST else ""
@@ -192,7 +200,7 @@ def missing(runs: Sequence[Run]) -> list[Block]:
 
 def _setting(value: object) -> str:
     if value is None:
-        return "–"
+        return NOTHING
     if isinstance(value, (list, tuple)):
-        return shown(", ".join(map(str, value)) or "–")
+        return shown(", ".join(map(str, value)) or NOTHING)
     return shown(value)
