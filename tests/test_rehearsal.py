@@ -12,10 +12,11 @@ from wise_fast.memory import storable
 from wise_fast.merging import merge_closed
 from wise_fast.metrics import answer
 from wise_fast.rehearsal import _Practice
+from wise_fast.standing import Standing
 from wise_fast.state import Shard
 from wise_fast.training import EditDiverged, Trainer
 
-REHEARSED = dict(mode="merge", merging="regmean", mask_ratio=1.0, shard_size=1, shards=4, batch_size=2, rehearsals=10)
+REHEARSED = dict(mode="merge", merging="regmean", mask_ratio=1.0, shard_size=1, shards=4, batch_size=2, rehearsals=16)
 NOT_REHEARSED = [
     {"rehearsals": 0},
     {"merging": "ties"},
@@ -35,6 +36,12 @@ def waiting(facts=FACTS, **changes):
 
 def untimed(reports):
     return [report.replace(seconds=0.0) for report in reports]
+
+
+@pytest.fixture(autouse=True)
+def few_together(monkeypatch):
+    """The four edits of these tests take two steps a pass."""
+    monkeypatch.setattr(rehearsal, "_TOGETHER", 2)
 
 
 @pytest.fixture
@@ -130,6 +137,40 @@ def test_what_diverges_stays_as_it_was_merged(monkeypatch, caplog):
     (plain,) = merge_closed(state, editor.config).merged
     assert torch.equal(made.merged[0].values, plain.values) and untimed(made.reports) == untimed(state.reports)
     assert f"rehearsal of {len(FACTS)} edits diverged" in caplog.text
+
+
+@pytest.mark.parametrize("together,sizes", [(16, [4]), (4, [4]), (3, [2, 2]), (2, [2, 2]), (1, [1, 1, 1, 1])])
+def test_a_pass_takes_steps_of_like_size_and_each_edit_once(monkeypatch, together, sizes):
+    monkeypatch.setattr(rehearsal, "_TOGETHER", together)
+    steps, practise = [], _Practice.practise
+
+    def watched(self, edits, *rest):
+        steps.append(list(edits))
+        practise(self, edits, *rest)
+
+    monkeypatch.setattr(_Practice, "practise", watched)
+    editor, state = waiting(rehearsals=3, shards=9)
+    rehearsal.merge_closed(editor, state)
+    assert [len(edits) for edits in steps] == 3 * sizes
+    passes = [steps[i : i + len(sizes)] for i in range(0, len(steps), len(sizes))]
+    assert all(sorted(sum(one, [])) == [0, 1, 2, 3] for one in passes) and passes[0] != passes[1]
+
+
+@pytest.mark.parametrize("changes,rows", [({}, 2), ({"prefixes": 0, "dropped": 0}, 1), ({"prefixes_per_step": 3}, 2)])
+def test_a_step_takes_the_bare_prompt_of_each_edit_and_one_other(monkeypatch, changes, rows):
+    drawn, draw = [], Standing.draw
+
+    def watched(self, active):
+        found = draw(self, active)
+        drawn.append((len(active), self.rows.variants, found))
+        return found
+
+    editor, state = waiting(rehearsals=4, **changes)
+    monkeypatch.setattr(Standing, "draw", watched)
+    rehearsal.merge_closed(editor, state)
+    assert len(drawn) == 8
+    for count, variants, numbers in drawn:
+        assert count == 2 and len(numbers) == count * rows and sum(n % variants == 0 for n in numbers) == count
 
 
 def test_it_shows_that_it_is_alive():

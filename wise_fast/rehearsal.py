@@ -32,9 +32,11 @@ logger = logging.getLogger(__name__)
 
 Alive = Callable[[], None]
 Outcome = tuple[SideMemory, dict[int, EditReport], list[int]]
-_GENTLE = 0.25  # of the learning rate of single edits: a step is followed by those of other edits
+_TOGETHER = 16  # edits of a step, at most
+_OTHERS = 1  # augmented prompts of each in a step, beside the bare one
+_GENTLE = 0.35  # of the learning rate of single edits: a step is followed by those of other edits
 _WARM = 10  # steps until the learning rate is whole
-_LOOK_EVERY = 4  # passes between two looks at which tokens of the vocabulary have become likely
+_LOOK_EVERY = 6  # passes between two looks at which tokens of the vocabulary have become likely
 _LABELS = 512  # tokens of answers in one part, of which the whole vocabulary's logits are held at once
 _KEPT = 2**31  # bytes of activations that are kept from one pass to the next; others are captured anew
 
@@ -81,6 +83,7 @@ class _Practice(Trainer):
     def enter(self, passes: int) -> None:
         """Begin with all edits at once, as after so many passes."""
         self.standing.steps, self.quiet.always = [passes] * self.count, True
+        self.standing.others = min(_OTHERS, self.standing.others)
         # Behind the last layer's tokens nothing asks the others: a silent one would answer as the unedited model.
         self.last_dropout = 0.0 if self.rows.groups[0].tail.at_last_layer else self.config.last_dropout
         self._begin()
@@ -161,10 +164,10 @@ class _Rehearsal:
     def run(self, alive: Alive) -> Outcome:
         """The memory that holds them together, the report of each, and those that it does not hold; as it was learned,
         no reports and none, if that answers more. EditDiverged if a loss is NaN or infinite."""
-        z, size = torch.zeros_like(self.memory.values), self.config.batch_size
+        z = torch.zeros_like(self.memory.values)
         moments = [torch.zeros_like(z) for _ in range(self.config.moments)]
         self.material.require_gradients()
-        total, taken = self.config.rehearsals * sum(-(-len(part) // size) for part in self.parts), 0
+        total, taken = self.config.rehearsals * sum(-(-len(part) // _TOGETHER) for part in self.parts), 0
         mean = torch.zeros_like(z)
         with torch.inference_mode(False), torch.enable_grad(), self.material.tail.evaluating():
             for passes in range(self.config.rehearsals):
@@ -172,9 +175,9 @@ class _Rehearsal:
                     practice = self._practice(number, passes)
                     if passes % _LOOK_EVERY == 1:
                         practice.look_again(z)
-                    order = self._shuffled(practice.count)
-                    for first in range(0, len(order), size):
-                        practice.practise(order[first : first + size], z, moments, taken, _pace(taken, total))
+                    order, steps = self._shuffled(practice.count), -(-practice.count // _TOGETHER)
+                    for first in range(steps):
+                        practice.practise(order[first::steps], z, moments, taken, _pace(taken, total))
                         taken += 1
                         if 2 * taken > total:
                             mean += z
@@ -202,7 +205,7 @@ class _Rehearsal:
         made, keys, before = {}, [], set()
         for number, part in enumerate(self.parts):
             practice = self._practice(number, self.config.rehearsals)
-            before |= {edit for edit, right in zip(part, practice.judge(self.learned)[1], strict=True) if right}
+            before |= self._answered(part, practice)
             for edit, loss, right, key in zip(part, *practice.judge(memory), strict=True):
                 steps, note = self.reports[edit].steps + self.config.rehearsals, "" if right else NOT_FITTED
                 made[edit] = self.reports[edit].replace(steps=steps, loss=loss, success=right, note=note)
@@ -225,6 +228,12 @@ class _Rehearsal:
         memory, scores = measure(memory, p, keys, holds, self.config)
         made = {edit: report.replace(score=scores.get(edit, report.score)) for edit, report in made.items()}
         return memory, made, left
+
+    def _answered(self, part: Sequence[int], practice: _Practice) -> set[int]:
+        """Which of these edits the memory answers as it was learned. A shard's reports say so, and it protects them."""
+        if self.shard is not None:
+            return {edit for edit in part if self.reports[edit].success}
+        return {edit for edit, right in zip(part, practice.judge(self.learned)[1], strict=True) if right}
 
     def _left(self, memory: SideMemory, lost: Collection[int]) -> list[int]:
         """Which of the edits that are answered no more are to be learned in the next shard: all, unless they are more

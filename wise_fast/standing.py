@@ -21,6 +21,7 @@ class Standing:
         held, nll, seen: per row: whether it was right and loud enough, its NLL, and which step saw it last; 0 is none.
         steps: per edit, how many it was trained in.
         taken: how many there were.
+        others: how many augmented prompts a step draws of each edit.
     """
 
     def __init__(self, rows: Rows, config: WiseConfig, loud: float, generator: torch.Generator):
@@ -28,6 +29,7 @@ class Standing:
         total = rows.edits * rows.variants
         self.held, self.nll, self.seen = [False] * total, [float("inf")] * total, [0] * total
         self.steps, self.taken = [0] * rows.edits, 0
+        self.others = min(config.prefixes_per_step, rows.variants - 1)
 
     def draw(self, active: list[int]) -> list[int]:
         """Rows of one step: of each active edit the bare prompt and a few others, or a few longer ones.
@@ -35,15 +37,14 @@ class Standing:
         Where there are longer variants, steps take turns between those and the bare prompt's kind, so that no row is
         padded to another kind's length. Rows that did not hold when last seen come first, then those unseen longest.
         """
-        others = min(self.config.prefixes_per_step, self.rows.variants - 1)
-        kinds = self.rows.kinds if others < self.rows.variants - 1 else [range(self.rows.variants)]
+        kinds = self.rows.kinds if self.others < self.rows.variants - 1 else [range(self.rows.variants)]
         rows = []
         for edit in active:
             turn = self._turn(edit, kinds)
             drawn = torch.rand(self.rows.variants, generator=self.generator).tolist()
             numbers = [n for n in turn if n % self.rows.variants]
             numbers.sort(key=lambda n: (self.held[n], self.seen[n], drawn[n % self.rows.variants]))
-            rows += [n for n in turn if n % self.rows.variants == 0] + numbers[:others]
+            rows += [n for n in turn if n % self.rows.variants == 0] + numbers[: self.others]
         return rows
 
     def _turn(self, edit: int, kinds: Sequence[Sequence[int]]) -> list[int]:
