@@ -115,6 +115,14 @@ def test_a_shard_that_is_full_before_its_time_comes_to_several_memories(mode, fi
     assert editor.state.opened == len(shards.edits)
 
 
+def test_who_waits_hears_of_a_shard_that_is_rehearsed(files, tmp_path):
+    editor = WiseEditor(*load_model(files[0] / "model"), CONFIG.replace(shard_size=SIZE, batch_size=SIZE, rehearsals=4))
+    shards, heard = Shards(editor, STREAM, tmp_path), []
+    shards.claim()
+    shards.fill(0, heard.append)
+    assert heard == [0] * 5 + [SIZE]  # a step a pass, to judge, and the batch
+
+
 def test_a_pack_is_loaded_and_answers(files, alone):
     out, printed = alone["retrieve"]
     model, tokenizer = load_model(files[0] / "model")

@@ -176,8 +176,11 @@ def test_a_step_takes_the_bare_prompt_of_each_edit_and_one_other(monkeypatch, ch
 def test_it_shows_that_it_is_alive():
     editor, state = waiting(rehearsals=7)
     shown = []
-    rehearsal.merge_closed(editor, state, lambda: shown.append(1))
-    assert len(shown) == 7 * 2 + 1  # two batches a pass, and to judge all
+    with editor.watched(lambda: shown.append(1)):
+        rehearsal.merge_closed(editor, state)
+    assert len(shown) == 7 * 2 + 1  # two steps a pass, and to judge all
+    rehearsal.merge_closed(editor, state)
+    assert len(shown) == 7 * 2 + 1  # nobody watches any more
 
 
 @pytest.mark.parametrize("changes", NOT_REHEARSED)
@@ -283,7 +286,7 @@ def test_the_learning_rate_warms_up_and_stays():
 def test_what_is_kept_is_the_mean_of_the_second_half_of_the_steps(monkeypatch, passes, mean):
     kept = []
     monkeypatch.setattr(_Practice, "practise", lambda self, edits, z, moments, taken, pace: z.fill_(taken))
-    monkeypatch.setattr(rehearsal._Rehearsal, "_judged", lambda self, memory, alive: (kept.append(memory), {}, []))
+    monkeypatch.setattr(rehearsal._Rehearsal, "_judged", lambda self, memory: (kept.append(memory), {}, []))
     editor, state = waiting(rehearsals=passes)
     rehearsal.merge_closed(editor, state)
     origin = state.closed[0].taught.origin

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -41,12 +41,27 @@ class Material:
     tail: Tail
     routing: Routing
     stop: int | None
+    _alive: Callable[[], None] | None = None
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Serve the unedited model inside the block."""
         with self.routing.disabled():
             yield
+
+    @contextmanager
+    def watched(self, alive: Callable[[], None]) -> Iterator[None]:
+        """Have `alive` called after every step of a rehearsal inside the block: it takes long, and others may wait."""
+        before, self._alive = self._alive, alive
+        try:
+            yield
+        finally:
+            self._alive = before
+
+    def alive(self) -> None:
+        """Tell whoever watches."""
+        if self._alive is not None:
+            self._alive()
 
     def asking(self, prompt_mask: Tensor) -> AbstractContextManager[None]:
         """Tell the router which tokens of the forward inside are prompt: `prompt_mask`, [B, T] bool."""

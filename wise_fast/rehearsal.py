@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,6 @@ from wise_fast.training import EditDiverged, Trainer
 
 logger = logging.getLogger(__name__)
 
-Alive = Callable[[], None]
 Outcome = tuple[SideMemory, dict[int, EditReport], list[int]]
 _TOGETHER = 16  # edits of a step, at most
 _OTHERS = 1  # augmented prompts of each in a step, beside the bare one
@@ -47,14 +46,12 @@ def close_shard(material: Material, state: EditorState) -> tuple[EditorState, li
     return _rehearsed(material, state, merging.close_shard(state, material.config))
 
 
-def merge_closed(material: Material, state: EditorState, alive: Alive | None = None) -> EditorState:
-    """`merging.merge_closed`, likewise; `alive` is called after every step of the rehearsal."""
-    return _rehearsed(material, state, merging.merge_closed(state, material.config), alive)[0]
+def merge_closed(material: Material, state: EditorState) -> EditorState:
+    """`merging.merge_closed`, likewise."""
+    return _rehearsed(material, state, merging.merge_closed(state, material.config))[0]
 
 
-def _rehearsed(
-    material: Material, before: EditorState, state: EditorState, alive: Alive | None = None
-) -> tuple[EditorState, list[int]]:
+def _rehearsed(material: Material, before: EditorState, state: EditorState) -> tuple[EditorState, list[int]]:
     """The state with the memory that was finished rehearsed, if there is one and it is protected; what it left."""
     config = material.config
     shard = None if config.mode == "merge" else before.shard
@@ -67,7 +64,7 @@ def _rehearsed(
     edits = [i for i in memory.edits if not reports[i].superseded]
     made, left = {}, []
     try:
-        memory, made, left = _Rehearsal(material, memory, shard, state, edits).run(alive or (lambda: None))
+        memory, made, left = _Rehearsal(material, memory, shard, state, edits).run()
     except EditDiverged:
         logger.warning("the rehearsal of %d edits diverged; they stay as they were", len(edits))
     seconds = (time.perf_counter() - start) / max(1, len(edits))
@@ -161,7 +158,7 @@ class _Rehearsal:
         count = min(-(-labels // _LABELS), -(-len(edits) // self.config.batch_size)) or 1
         return [list(edits[i::count]) for i in range(count)]
 
-    def run(self, alive: Alive) -> Outcome:
+    def run(self) -> Outcome:
         """The memory that holds them together, the report of each, and those that it does not hold; as it was learned,
         no reports and none, if that answers more. EditDiverged if a loss is NaN or infinite."""
         z = torch.zeros_like(self.memory.values)
@@ -181,9 +178,9 @@ class _Rehearsal:
                         taken += 1
                         if 2 * taken > total:
                             mean += z
-                        alive()
+                        self.material.alive()
             mean /= total - total // 2
-            return self._judged(self.memory.replace(values=storable(self.origin @ mean)), alive)
+            return self._judged(self.memory.replace(values=storable(self.origin @ mean)))
 
     def _practice(self, number: int, passes: int) -> _Practice:
         """Of a part, as it was left if there was room to keep it, or as after so many passes."""
@@ -201,7 +198,7 @@ class _Rehearsal:
             self._kept[number] = practice
         return practice
 
-    def _judged(self, memory: SideMemory, alive: Alive) -> Outcome:
+    def _judged(self, memory: SideMemory) -> Outcome:
         made, keys, before = {}, [], set()
         for number, part in enumerate(self.parts):
             practice = self._practice(number, self.config.rehearsals)
@@ -210,7 +207,7 @@ class _Rehearsal:
                 steps, note = self.reports[edit].steps + self.config.rehearsals, "" if right else NOT_FITTED
                 made[edit] = self.reports[edit].replace(steps=steps, loss=loss, success=right, note=note)
                 keys.append((edit, key))
-            alive()
+            self.material.alive()
         holds = {edit for edit, report in made.items() if report.success}
         left = self._left(memory, before - holds)
         if len(holds) < len(before) and not left:

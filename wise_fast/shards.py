@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from wise_fast import merging, rehearsal, run_header
@@ -128,7 +129,8 @@ class Shards:
         return checkpoints.load(batches, self.editor.device)[0]
 
     def fill(self, number: int, advance: Callable[[int], None]) -> None:
-        """Learn a shard's edits and put it on the disk; `advance` is told how many edits each batch had.
+        """Learn a shard's edits and put it on the disk; `advance` is told how many edits each batch had, and 0 after
+        every step of a rehearsal.
 
         Raises:
             StorageError: the disk refuses. Shards that were finished stay.
@@ -140,7 +142,8 @@ class Shards:
             self.editor.state = EditorState(opened=number, reports=before)
             for start in range(0, len(edits), self.config.batch_size):
                 batch = edits[start : start + self.config.batch_size]
-                self.editor.edit(batch)
+                with self.editor.watched(partial(advance, 0)):
+                    self.editor.edit(batch)
                 advance(len(batch))
         finally:
             self.editor.config = self.config
@@ -160,11 +163,8 @@ class Shards:
         checkpoints, batches = self._files(number)
         write_directory(checkpoints.path(batches), files, FILES)
 
-    def save(self, states: Sequence[EditorState], alive: Callable[[], None] | None = None) -> str:
+    def save(self, states: Sequence[EditorState]) -> str:
         """Join all shards, in their order, serve them in the editor and write the pack.
-
-        Args:
-            alive: called now and then, where that takes long.
 
         Returns:
             The digest of the state that was saved.
@@ -174,7 +174,7 @@ class Shards:
         """
         state = joined(states)
         if len(state.closed) > 1:
-            state = rehearsal.merge_closed(self.editor, state, alive)
+            state = rehearsal.merge_closed(self.editor, state)
         self.editor.state = state
         self.editor.save_pretrained(self.out / PACK)
         return Digester().digest(state)
