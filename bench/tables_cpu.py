@@ -8,7 +8,7 @@ RUN = "fe5aa5f"
 quality = Rows("quality.csv", "54e06e1")
 before = Rows("quality.csv", RUN)  # of memories that the last token has no say in
 lifelong = Rows("lifelong.csv", "54e06e1+dirty")(method="wise_fast")
-rehearsed = Rows("lifelong.csv", "8b8adef")(method="wise_fast")
+rehearsed = Rows("lifelong.csv", "cd485ed")(method="wise_fast")
 editing = Rows("editing.csv", RUN)
 memory = Rows("memory.csv", RUN)(metric="load and one edit: peak above the loaded model")
 storage = Rows("storage.csv", RUN)(case="50 edits")
@@ -185,7 +185,7 @@ CPU = {
     ),
     "zsre-500": Table(
         "| ZsRE, one run of 500 edits, a new memory every 50 (the default) | Rel | Gen | Loc "
-        "| perplexity of held-out passages | `rehearsals=11`: Rel | Gen | Loc |",
+        "| perplexity of held-out passages | `rehearsals=14`, `wave=8`: Rel | Gen | Loc |",
         streamed("after", 10, ", as before any edit"),
         *(streamed("after", edits) for edits in (100, 300, 500)),
     ),
@@ -255,6 +255,7 @@ CPU = {
         lasted("bea400e", ", `rehearsals=12`"),
         lasted("53234e1", ", `rehearsals=10`, `wave=8`"),
         lasted("8b8adef", ", `rehearsals=11`, `wave=8`"),
+        lasted("cd485ed", ", `rehearsals=14`, `wave=8`"),
     ),
     "ablation": Table(
         "| edits 201 to 250 | Rel | Gen | Loc | perplexity of held-out passages | untaught prompts in scope "

@@ -1,6 +1,7 @@
 """A merged memory is trained on all of its edits: what that finds, what it reports, and what it leaves alone."""
 
 import logging
+from functools import cache
 
 import pytest
 import torch
@@ -28,9 +29,17 @@ PROMPTS = [fact.prompt for fact in FACTS]
 TARGETS = [fact.target for fact in FACTS]
 
 
-def waiting(facts=FACTS, **changes):
+@cache
+def filled(settings):
+    """The state of an editor that has learned the facts in shards of one; nothing of it is rehearsed yet."""
+    return make_editor(FACTS, **dict(settings)).state
+
+
+def waiting(**changes):
     """An editor whose shards wait for their merge, and its state."""
-    editor = make_editor(facts, **REHEARSED | {"shards": 9} | changes)
+    settings = REHEARSED | {"shards": 9} | changes
+    editor = make_editor(**settings)
+    editor.state = filled(tuple(sorted((settings | {"rehearsals": 0}).items())))
     return editor, editor.state
 
 
