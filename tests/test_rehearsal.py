@@ -158,28 +158,36 @@ def test_a_pass_takes_steps_of_like_size_and_each_edit_once(monkeypatch, togethe
         practise(self, edits, *rest)
 
     monkeypatch.setattr(_Practice, "practise", watched)
-    editor, state = waiting(rehearsals=3, shards=9)
+    editor, state = waiting(rehearsals=3)
     rehearsal.merge_closed(editor, state)
     assert [len(edits) for edits in steps] == 3 * sizes
     passes = [steps[i : i + len(sizes)] for i in range(0, len(steps), len(sizes))]
     assert all(sorted(sum(one, [])) == [0, 1, 2, 3] for one in passes) and passes[0] != passes[1]
 
 
-@pytest.mark.parametrize("changes,rows", [({}, 2), ({"prefixes": 0, "dropped": 0}, 1), ({"prefixes_per_step": 3}, 2)])
-def test_a_step_takes_the_bare_prompt_of_each_edit_and_one_other(monkeypatch, changes, rows):
-    drawn, draw = [], Standing.draw
+@pytest.mark.parametrize(
+    "changes,kinds",
+    [
+        ({"prefixes": 0}, {(1, 0)}),
+        ({}, {(1, 1)}),
+        ({"prefixes": 3, "dropped": 2, "prefixes_per_step": 2}, {(1, 1), (0, 1)}),
+    ],
+)
+def test_a_step_takes_one_augmented_prompt_of_each_edit(monkeypatch, changes, kinds):
+    """Of an edit with longer prompts one of those alone in every other step (`Standing.draw`)."""
+    drawn, draw = set(), Standing.draw
 
     def watched(self, active):
         found = draw(self, active)
-        drawn.append((len(active), self.rows.variants, found))
+        for edit in active:
+            mine = [number % self.rows.variants for number in found if number // self.rows.variants == edit]
+            drawn.add((mine.count(0), len(mine) - mine.count(0)))
         return found
 
     editor, state = waiting(rehearsals=4, **changes)
     monkeypatch.setattr(Standing, "draw", watched)
     rehearsal.merge_closed(editor, state)
-    assert len(drawn) == 8
-    for count, variants, numbers in drawn:
-        assert count == 2 and len(numbers) == count * rows and sum(n % variants == 0 for n in numbers) == count
+    assert drawn == kinds
 
 
 def test_it_shows_that_it_is_alive():
@@ -275,6 +283,20 @@ class TestFullShards:
         plain, editor = (make_editor(FACTS, shard_size=4, rehearsals=n) for n in (0, 1))
         assert torch.equal(plain.memories[0].values, editor.memories[0].values)
         assert "they stay as learned (4)" in caplog.text
+
+    def test_what_was_answered_and_did_not_count_as_held_is_not_given_up(self, caplog):
+        """Reports are stricter than answers: right, but not sure enough."""
+        plain, editor = (make_editor(FACTS, shard_size=4, max_steps=3, rehearsals=n) for n in (0, 1))
+        assert answer(plain, PROMPTS) == TARGETS and not any(report.success for report in plain.edits)
+        assert torch.equal(plain.memories[0].values, editor.memories[0].values)
+        assert "they stay as learned (4)" in caplog.text
+
+    def test_nobody_asks_again_where_all_held(self, monkeypatch):
+        asked, judge = [], _Practice.judge
+        monkeypatch.setattr(_Practice, "judge", lambda self, memory: (asked.append(memory), judge(self, memory))[1])
+        make_editor(FACTS, shard_size=4, rehearsals=20)
+        make_editor(FACTS, shard_size=4, rehearsals=20, max_steps=3)
+        assert len(asked) == 1 + 2
 
     def test_taking_it_back_takes_the_rehearsal_back(self):
         editor = make_editor(FACTS[:3], shard_size=4, batch_size=1, rehearsals=4)

@@ -140,6 +140,10 @@ def test_numbers_are_those_of_the_run_in_both_forms(run, tmp_path):
         assert (ours["s per edit"], ours["edits that hold"], ours["memories"]) == ("2.250", "1 of 2", "2")
         assert (ours["served MB"], ours["peak MB"]) == ("6.000", "2000")
         assert "exact rephrased" not in ours  # asked for and never said
+    legend = "Rel: reliability (target tokens right, edited prompts); Gen: generalization (target tokens"
+    for found in (text, "".join(page.texts)):
+        assert legend in found and "peak MB: resident memory of the process, the model included." in found
+        assert "exact rephrased: " not in found and "does not say" not in found
         points = table_with(tables, "seconds to score")
         assert [row[:3] for row in points[1:]] == [["wise_fast", "1", "0.987"], ["wise_fast", "2", "0.987"]]
         header = {row[0]: row[1] for row in next(t for t in tables if t[1][0] == "directory")[1:]}
@@ -229,6 +233,8 @@ def test_odd_values_do_not_stop_it(run, tmp_path):
     row = dict(zip(result[0], result[1]))
     assert (row["T"], row["new figure"], row.get("Rel"), row.get("s per edit")) == ("2", "3.500", None, None)
     assert "no value of Rel at T = 2" in text
+    assert "does not say how long edits took or what serving holds or the peak of memory" in text
+    assert "s per edit" not in text and "peak MB" not in text  # nor what those would mean
 
 
 def test_of_two_evaluations_at_one_t_the_later_counts(run):

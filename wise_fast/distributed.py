@@ -107,9 +107,8 @@ def _joined(shards: Shards, ranks: Ranks, taken_up: int, seconds: float) -> Outc
     if not ranks.first:
         return None
     editor = shards.editor
-    with editor.watched(
-        partial(ranks.at, ranks.place)
-    ):  # who waits must not take a long rehearsal for a rank that hangs
+    # Who waits must not take a long rehearsal for a rank that hangs.
+    with editor.watched(partial(ranks.at, ranks.place)):
         digest = shards.save([states[number] for number in range(shards.count)])
     return Outcome(
         shards.out / PACK, editor.edits, taken_up, len(absent), seconds, memories=len(editor.memories), digest=digest

@@ -34,7 +34,7 @@ class Grid:
     folded: bool = False
 
     def told(self) -> Grid:
-        """Without the columns in which no row has a value."""
+        """Without the columns in which no row has a value. A text that is one dash is taken for none."""
         kept = [i for i in range(len(self.columns)) if any(row[i] != NOTHING for row in self.rows)]
         columns, rows = [self.columns[i] for i in kept], [[row[i] for i in kept] for row in self.rows]
         return replace(self, columns=columns, rows=rows)

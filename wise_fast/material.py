@@ -33,7 +33,7 @@ _REHEARSED = 48  # unrelated texts of earlier edits in the shard that a batch ke
 
 
 class Material:
-    """The part of an editor that reads the model and never changes it."""
+    """The part of an editor that reads the model, which it never changes."""
 
     model: nn.Module
     config: WiseConfig
@@ -41,7 +41,7 @@ class Material:
     tail: Tail
     routing: Routing
     stop: int | None
-    _alive: Callable[[], None] | None = None
+    _watcher: Callable[[], None] | None = None
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -51,17 +51,18 @@ class Material:
 
     @contextmanager
     def watched(self, alive: Callable[[], None]) -> Iterator[None]:
-        """Have `alive` called after every step of a rehearsal inside the block: it takes long, and others may wait."""
-        before, self._alive = self._alive, alive
+        """Have `alive` called inside the block after every step of a rehearsal and every part that is judged after it:
+        that takes long, and others may wait."""
+        before, self._watcher = self._watcher, alive
         try:
             yield
         finally:
-            self._alive = before
+            self._watcher = before
 
     def alive(self) -> None:
         """Tell whoever watches."""
-        if self._alive is not None:
-            self._alive()
+        if self._watcher is not None:
+            self._watcher()
 
     def asking(self, prompt_mask: Tensor) -> AbstractContextManager[None]:
         """Tell the router which tokens of the forward inside are prompt: `prompt_mask`, [B, T] bool."""

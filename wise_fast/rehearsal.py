@@ -1,7 +1,7 @@
 """Rehearsal: once a shard is full, all of its edits are learned once more, together.
 
 What comes one after another is learned beside what was there before: protected directions are no longer to be had, and
-the later an edit, the odder are those that it is left with. The same edits learned together from nothing, a batch at a
+the later an edit, the odder are those that it is left with. The same edits learned together from nothing, some at a
 time, in another order each time and in smaller steps, share what they have in common, and are answered in more other
 words; most of all by the mean of where the second half of the steps led, all of one size (Izmailov et al. 2018, arXiv
 1803.05407). So it is with memories that are to become one, whose average loses what each was fitted to. No edit
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 Outcome = tuple[SideMemory, dict[int, EditReport], list[int]]
 _TOGETHER = 16  # edits of a step, at most
-_OTHERS = 1  # augmented prompts of each in a step, beside the bare one
+_OTHERS = 1  # augmented prompts of each in a step (`Standing.draw`)
 _GENTLE = 0.35  # of the learning rate of single edits: a step is followed by those of other edits
 _WARM = 10  # steps until the learning rate is whole
 _LOOK_EVERY = 6  # passes between two looks at which tokens of the vocabulary have become likely
@@ -227,9 +227,10 @@ class _Rehearsal:
         return memory, made, left
 
     def _answered(self, part: Sequence[int], practice: _Practice) -> set[int]:
-        """Which of these edits the memory answers as it was learned. A shard's reports say so, and it protects them."""
-        if self.shard is not None:
-            return {edit for edit in part if self.reports[edit].success}
+        """Which of these edits the memory answers as it was learned. All of a shard's that held when learned, which is
+        more than to be answered, and which it protects: then nobody asks again."""
+        if self.shard is not None and all(self.reports[edit].success for edit in part):
+            return set(part)
         return {edit for edit, right in zip(part, practice.judge(self.learned)[1], strict=True) if right}
 
     def _left(self, memory: SideMemory, lost: Collection[int]) -> list[int]:

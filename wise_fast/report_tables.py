@@ -11,6 +11,7 @@ from wise_fast.figures import MB, MEANINGS, PERPLEXITY, cell, count, label_of
 from wise_fast.recorded import Run, number
 
 _WORST = 15
+_ABOUT_COSTS = {"s per edit": "median wall time", "peak MB": "resident memory of the process, the model included"}
 
 
 def result(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
@@ -40,9 +41,8 @@ def result(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
     grid = Grid(columns, rows, frozenset(columns[1:])).told()
     told = [name for name in names if name in MEANINGS and label_of(name) in grid.columns]
     known = [f"{label_of(name)}: {_meaning(name)}" for name in told]
-    costs = "s per edit: median wall time; peak MB: resident memory of the process, the model included"
-    text = Paragraph("; ".join([*known, costs]) + ".")
-    return [Heading("Result"), grid, text]
+    known += [f"{name}: {what}" for name, what in _ABOUT_COSTS.items() if name in grid.columns]
+    return [Heading("Result"), grid, *([Paragraph("; ".join(known) + ".")] if known else [])]
 
 
 def _meaning(name: str) -> str:
@@ -185,6 +185,8 @@ def missing(runs: Sequence[Run]) -> list[Block]:
             found.append(f"{run.name}: no routing scores were recorded (a method without a router has none).")
         if not run.batches:
             found.append(f"{run.name}: the journal has no edits, so seconds, memory and failed edits are not shown.")
+        elif absent := [what for what, there in _series(run).items() if not there]:
+            found.append(f"{run.name}: the journal does not say {' or '.join(absent)}.")
         due, last = run.header.get("T"), run.last["t"] if run.last else 0
         if isinstance(due, int) and due > last:
             found.append(f"{run.name}: the run was to reach T = {due}; its last evaluation is at {last}.")
@@ -196,6 +198,15 @@ def missing(runs: Sequence[Run]) -> list[Block]:
     if len(tasks) > 1 or len(files) > 1:
         found.append("The runs differ in task, model or file of edits: compare them with care.")
     return [Heading("What is missing"), *(Paragraph(shown(text)) for text in found)] if found else []
+
+
+def _series(run: Run) -> dict[str, bool]:
+    """What a journal says of every batch, and whether it does."""
+    return {
+        "how long edits took": bool(run.seconds()),
+        "what serving holds": bool(run.series("served")),
+        "the peak of memory": bool(run.series("rss")),
+    }
 
 
 def _setting(value: object) -> str:

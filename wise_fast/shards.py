@@ -129,8 +129,8 @@ class Shards:
         return checkpoints.load(batches, self.editor.device)[0]
 
     def fill(self, number: int, advance: Callable[[int], None]) -> None:
-        """Learn a shard's edits and put it on the disk; `advance` is told how many edits each batch had, and 0 after
-        every step of a rehearsal.
+        """Learn a shard's edits and put it on the disk; `advance` is told how many edits each batch had, and 0 where a
+        rehearsal is under way.
 
         Raises:
             StorageError: the disk refuses. Shards that were finished stay.
@@ -140,11 +140,11 @@ class Shards:
         self.editor.config = self._filling
         try:
             self.editor.state = EditorState(opened=number, reports=before)
-            for start in range(0, len(edits), self.config.batch_size):
-                batch = edits[start : start + self.config.batch_size]
-                with self.editor.watched(partial(advance, 0)):
+            with self.editor.watched(partial(advance, 0)):
+                for start in range(0, len(edits), self.config.batch_size):
+                    batch = edits[start : start + self.config.batch_size]
                     self.editor.edit(batch)
-                advance(len(batch))
+                    advance(len(batch))
         finally:
             self.editor.config = self.config
         state = self.editor.state
