@@ -144,6 +144,13 @@ def lasted(commit: str, more: str = "") -> Line:
     return line(f"| {{run.commit}}{more} | {cells} | {{run.device}} |", run=run)
 
 
+def compared(text: str, method: str, edits: int, last: bool = True) -> Line:
+    """Costs stand in the row of a method's `last` evaluation."""
+    run = Rows("lifelong.csv", "8348067")(method=method, T=edits)
+    costs = "{run.seconds_per_edit:.2f} | {run.served_mb:.1f} | {run.peak_mb:.0f}" if last else " | | "
+    return line(f"| {text}, {edits} edits | {SCORES} | {{run.perplexity_after:.2f}} | {costs} |", run=run)
+
+
 def family(text: str, rows: Rows) -> Line:
     cells = "{run.reliability:.3s} | {run.generalization:.3s} | {run.locality_same:.3s} | {run.locality_other:.3s} | "
     cells += "{run.exact:.3s} | {run.exact_rephrased:.3s} | {run.successes:.0f} | {run.seconds_per_edit:.2f}"
@@ -256,6 +263,14 @@ CPU = {
         lasted("53234e1", ", `rehearsals=10`, `wave=8`"),
         lasted("8b8adef", ", `rehearsals=11`, `wave=8`"),
         lasted("cd485ed", ", `rehearsals=14`, `wave=8`"),
+    ),
+    "methods": Table(
+        "| | Rel | Gen | Loc | perplexity of held-out passages | s an edit | MB served | peak MB |",
+        compared("ours, by default", "wise_fast", 10, last=False),
+        compared("FT-L", "ft-l", 10, last=False),
+        compared("GRACE", "grace", 10),
+        compared("ours, by default", "wise_fast", 100),
+        compared("FT-L", "ft-l", 100),
     ),
     "ablation": Table(
         "| edits 201 to 250 | Rel | Gen | Loc | perplexity of held-out passages | untaught prompts in scope "
