@@ -263,6 +263,7 @@ CPU = {
         lasted("53234e1", ", `rehearsals=10`, `wave=8`"),
         lasted("8b8adef", ", `rehearsals=11`, `wave=8`"),
         lasted("cd485ed", ", `rehearsals=14`, `wave=8`"),
+        lasted("c840cb2", ", `rehearsals=10`, `wave=8`"),
     ),
     "methods": Table(
         "| | Rel | Gen | Loc | perplexity of held-out passages | s an edit | MB served | peak MB |",
