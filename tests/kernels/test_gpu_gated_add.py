@@ -135,9 +135,16 @@ def test_element_layout_with_rows_of_many_words_and_splits_of_a_long_sum(poisone
     element.gated_add_element(got, *(t.to(DEVICE) for t in (a, *bank, choice)))
     expected = reference.gated_add(y, a, reference.dense_element(*bank, width), choice)
     assert_within(got.cpu(), expected, expected, torch.float32)
-    counted = y.to(DEVICE, copy=True)
-    element.gated_add_element(counted, *(t.to(DEVICE) for t in (a, *bank, choice, popcount_table(bank[1]))))
-    assert torch.equal(counted, got)
+
+
+@pytest.mark.parametrize("width,tokens,outputs", [(170, 2, 50), (170, 9, 50), (130, 70, 17)])
+def test_who_knows_where_values_begin_gets_the_same(poisoned, width, tokens, outputs):
+    bank, a = element_bank((0.2, 0.6), width=width, outputs=outputs), normal(2 * tokens, width)
+    got, counted = (torch.zeros(2 * tokens, outputs).to(DEVICE) for _ in range(2))
+    given = [t.to(DEVICE) for t in (a, *bank, torch.tensor([1, 0]))]
+    element.gated_add_element(got, *given)
+    element.gated_add_element(counted, *given, popcount_table(bank[1]).to(DEVICE))
+    assert torch.equal(counted, got) and got.count_nonzero() == got.numel()
 
 
 @pytest.mark.parametrize("choice,tokens", [([0, -1, 1], 30), ([1], 90)])
