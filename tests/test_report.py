@@ -140,15 +140,15 @@ def test_numbers_are_those_of_the_run_in_both_forms(run, tmp_path):
         assert (ours["s per edit"], ours["edits that hold"], ours["memories"]) == ("2.250", "1 of 2", "2")
         assert (ours["served MB"], ours["peak MB"]) == ("6.000", "2000")
         assert "exact rephrased" not in ours  # asked for and never said
-    legend = "Rel: reliability (target tokens right, edited prompts); Gen: generalization (target tokens"
-    for found in (text, "".join(page.texts)):
-        assert legend in found and "peak MB: resident memory of the process, the model included." in found
-        assert "exact rephrased: " not in found and "does not say" not in found
         points = table_with(tables, "seconds to score")
         assert [row[:3] for row in points[1:]] == [["wise_fast", "1", "0.987"], ["wise_fast", "2", "0.987"]]
         header = {row[0]: row[1] for row in next(t for t in tables if t[1][0] == "directory")[1:]}
         assert header["task"] == "qa" and header["edits.file"] == "zsre.json"
         assert ["odd|name", "<b>"] in table_with(tables, "setting")
+    legend = "Rel: reliability (target tokens right, edited prompts); Gen: generalization (target tokens"
+    for found in (text, "".join(page.texts)):
+        assert legend in found and "peak MB: resident memory of the process, the model included." in found
+        assert "exact rephrased: " not in found and "does not say" not in found
 
 
 def test_every_table_has_cells_for_its_columns(run, tmp_path):
