@@ -15,8 +15,10 @@ from tests.edited import saved_model
 from tests.killed import CONFIG, EDITS
 from wise_fast import Edit, WiseEditor, merging, rehearsal, storage
 from wise_fast.checkpoint import Digester
+from wise_fast.distributed import distribute
 from wise_fast.distributed_command import app
 from wise_fast.models import load_model
+from wise_fast.ranks import Ranks
 from wise_fast.shards import PACK, SHARDS, Shards
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,6 +123,15 @@ def test_who_waits_hears_of_a_shard_that_is_rehearsed(files, tmp_path):
     shards.claim()
     shards.fill(0, heard.append)
     assert heard == [0] * 5 + [SIZE]  # a step a pass, to judge, and the batch
+
+
+def test_who_waits_hears_of_a_merge_that_is_rehearsed(files, tmp_path, monkeypatch):
+    editor = WiseEditor(*load_model(files[0] / "model"), CONFIG.replace(shard_size=SIZE, **MODES["rehearsed"]))
+    ranks, heard, at = Ranks(0, 1, None, editor.device, 1.0), [], Ranks.at
+    monkeypatch.setattr(Ranks, "at", lambda self, place, *more: (heard.append(place), at(self, place, *more)))
+    assert distribute(Shards(editor, STREAM, tmp_path), ranks).memories == 1
+    assert heard[-4:] == [f"joining the shards in {tmp_path / PACK}"] * 4  # it begins, two passes, and to judge
+    assert heard[-5] != heard[-4]
 
 
 def test_a_pack_is_loaded_and_answers(files, alone):
