@@ -8,7 +8,7 @@ RUN = "fe5aa5f"
 quality = Rows("quality.csv", "54e06e1")
 before = Rows("quality.csv", RUN)  # of memories that the last token has no say in
 lifelong = Rows("lifelong.csv", "54e06e1+dirty")(method="wise_fast")
-rehearsed = Rows("lifelong.csv", "cd485ed")(method="wise_fast")
+rehearsed = Rows("lifelong.csv", "d6d80fc")(method="wise_fast")
 editing = Rows("editing.csv", RUN)
 memory = Rows("memory.csv", RUN)(metric="load and one edit: peak above the loaded model")
 storage = Rows("storage.csv", RUN)(case="50 edits")
@@ -139,7 +139,8 @@ def streamed(text: str, edits: int, more: str = "") -> Line:
 
 
 def lasted(commit: str, more: str = "") -> Line:
-    cells = f"{SCORES} | {{run.memories:.0f}} | {{run.served_mb:.1f}} | {{run.peak_mb:.0f}}"
+    cells = f"{SCORES} | {{run.memories:.0f}} | {{run.served_mb:.1f}} | {{run.peak_mb:.0f}} | {{run.edit_seconds:.0f}}"
+    cells += " | {run.threads:.0f}"
     run = Rows("lifelong.csv", commit)(method="wise_fast", T=500)
     return line(f"| {{run.commit}}{more} | {cells} | {{run.device}} |", run=run)
 
@@ -257,13 +258,14 @@ CPU = {
         stored("one dense copy of the edited matrix, fp32", "one dense copy of the edited matrix"),
     ),
     "lifelong": Table(
-        "| 500 edits, as of commit | Rel | Gen | Loc | memories | MB served | peak MB | machine |",
+        "| 500 edits, as of commit | Rel | Gen | Loc | memories | MB served | peak MB | s of editing | threads | machine |",
         *map(lasted, ("fbe766f", "bf749bf", "042169c", "54e06e1+dirty")),
         lasted("bea400e", ", `rehearsals=12`"),
         lasted("53234e1", ", `rehearsals=10`, `wave=8`"),
         lasted("8b8adef", ", `rehearsals=11`, `wave=8`"),
         lasted("cd485ed", ", `rehearsals=14`, `wave=8`"),
         lasted("c840cb2", ", `rehearsals=10`, `wave=8`"),
+        lasted("d6d80fc", ", `rehearsals=14`, `wave=8`"),
     ),
     "methods": Table(
         "| | Rel | Gen | Loc | perplexity of held-out passages | s an edit | MB served | peak MB |",
