@@ -55,6 +55,16 @@ def test_a_prompt_that_names_the_subject_keeps_its_threshold():
     assert thresholds([9, 5, 6, 7, 9], (5, 6, 7)) == [0.5]
 
 
+@pytest.mark.parametrize("length,share", [(3, 1.0), (16, 1.0), (36, 2 / 3), (100, 0.4), (400, 0.4)])
+def test_a_passage_that_names_the_whole_subject_may_be_quieter(length, share):
+    passage = [9] * (length - 3) + [5, 6, 7]
+    assert thresholds(passage, (5, 6, 7)) == pytest.approx([share * 0.5])
+    assert thresholds(passage, (5, 6, 8, 7)) == [0.5 * 2**3]  # a part of it is no more than in a question
+    assert thresholds(passage, (ANY,)) == [0.5]
+    padded = [True] * 3 + [False] * (length - 3)
+    assert thresholds([5, 6, 7] + [9] * (length - 3), (5, 6, 7), mask=padded) == [0.5]
+
+
 def test_a_part_of_the_name_has_to_be_louder_and_none_of_it_is_out_of_scope():
     assert thresholds([9, 5, 6, 9], (5, 6, 7, 8)) == [0.5 * 2**3]
     assert thresholds([9, 9], (5, 6)) == [INF]
@@ -122,7 +132,8 @@ def test_closed_memories_stay_closed_and_packs_have_thresholds_of_their_own():
     st.lists(st.integers(0, 300_000), max_size=9),
 )
 def test_a_name_is_found_wherever_it_stands(name, before, behind):
-    assert thresholds([*before, *name, *behind], tuple(name)) == [0.5]
+    (found,) = thresholds([*before, *name, *behind], tuple(name))
+    assert 0.2 <= found <= 0.5
 
 
 def test_free_places_are_never_found():
@@ -151,6 +162,23 @@ def test_spellings_are_those_of_the_prompt_alone_and_in_a_sentence():
     assert len(set(found)) == len(found)
     assert spellings(tiny_tokenizer(), Edit("The color is", "red")) == [(ANY,)]
     assert all(len(row) == WIDTH for row in spellings(tiny_tokenizer(), Edit(f"Who leads {'F' * 40}?", "Ann"))[:1])
+
+
+@pytest.mark.parametrize(
+    "prompt, name",
+    [
+        ("Fro,", "Fro"),
+        ("Fro is", "Fro"),
+        ("Fro, also known as", "Fro"),
+        ("The Who", "The Who"),
+        ("Is it", "Is it"),
+        ("Fro Inc.", "Fro Inc."),
+        ("also", "also"),
+    ],
+)
+def test_first_words_of_a_passage_are_a_name_without_what_leads_on(prompt, name):
+    encode = lambda text: tuple(tiny_tokenizer()(text)["input_ids"])  # noqa: E731
+    assert spellings(tiny_tokenizer(), Edit(prompt, "a leader", subject=prompt))[0] == encode(name)[1:]
 
 
 def test_a_bank_knows_whose_names_they_are():
@@ -241,14 +269,15 @@ def test_a_subject_is_a_word_where_it_can_be(prompt, subject, found):
 )
 def test_the_own_prompt_names_all_of_its_subject(prompt):
     row = spellings(tiny_tokenizer(), Edit(prompt, "Ann", subject="Fro"))[0]
-    assert thresholds(tiny_tokenizer()(prompt)["input_ids"], row) == [0.5]
+    (found,) = thresholds(tiny_tokenizer()(prompt)["input_ids"], row)
+    assert 0.4 < found <= 0.5
 
 
 def test_a_long_prompt_has_no_names_by_chance():
     ids = torch.randint(0, 200_000, (4000,), generator=torch.Generator().manual_seed(0)).tolist()
     absent = [(250_000 + i, 251_000 + i) for i in range(200)]
     assert thresholds(ids, *absent, owners=list(range(200)), given=(0.5,) * 200).count(INF) >= 198
-    assert thresholds([*ids, *absent[7]], *absent, owners=list(range(200)), given=(0.5,) * 200)[7] == 0.5
+    assert thresholds([*ids, *absent[7]], *absent, owners=list(range(200)), given=(0.5,) * 200)[7] == pytest.approx(0.2)
 
 
 def test_names_are_looked_up_under_autocast():

@@ -5,7 +5,8 @@ the demo model no statistic of its activations told the two apart, while paraphr
 memory keeps the tokens of its edits' subjects, as they are written where the prompt has them, alone, and inside of a
 sentence. Of a name, a prompt has the first token or not, and each further one behind the one before it or not. One that
 has a share s of them has to be louder by s to the power of -3, and one that has none of any is out of scope, however
-loud.
+loud. One that has all of them may be the quieter the longer it is, down to .4: a passage about the subject is mostly
+about what else there is to say of it, and its mean score shows that.
 
 What is asked of the subject is another question. Some models have put it together where the prompt ends: there the last
 tokens of different edits have little in common, those of paraphrases much. Others end in a question mark like any
@@ -31,6 +32,7 @@ WIDTH = 16  # tokens of a name that are kept
 SPELLINGS = 4  # of a subject, at most
 ANY = -1  # stands for a token that every prompt has
 _POWER = 3
+_QUESTION, _QUIETEST = 16, 0.4  # tokens of a prompt that is mostly name; what a passage's threshold is multiplied by
 _ALIKE, _DIFFERENT = 0.65, 0.3  # cosines of endings: of a paraphrase at least; of different edits, the median at most
 _SAME = 1e-5  # less than this from a cosine of 1 is the same ending: in half precision, of another batch
 _SAMPLE = 128  # edits of a memory whose endings are compared
@@ -38,6 +40,8 @@ _FEW = 4  # fewer endings than these say nothing yet
 # What a prompt has is a bitmap, in which tokens and pairs share places by chance: the longer, the larger it has to be.
 _SHORT, _FEW_PLACES, _PLACES = 256, 1 << 18, 1 << 22
 _NEVER = _PLACES  # a place that no prompt has
+# Where a subject is given as the first words of a passage, the last of them are not of its name.
+_LEADING_ON = "a also an and are as for has have in is known of on or that the to was were which who with"
 _FIRST, _SECOND = 0x9E3779B1, 0x85EBCA6B
 
 
@@ -74,7 +78,7 @@ def spellings(tokenizer, edit: Edit) -> list[tuple[int, ...]]:
     given = _search(edit.prompt, edit.subject) if edit.subject else None
     said = edit.prompt if given or not edit.messages else edit.messages[-1].content
     place = given.span() if given else find_subject(said, None)
-    name = "" if place is None else said[slice(*place)].strip()
+    name = "" if place is None else _trimmed(said[slice(*place)])
     here = edit.prompt.find(name, place[0]) if name and said is edit.prompt else edit.prompt.rfind(name)
     if not name or here < 0:
         return [(ANY,)]
@@ -82,6 +86,14 @@ def spellings(tokenizer, edit: Edit) -> list[tuple[int, ...]]:
     written += [("", name, ""), ("of ", name, ""), ("of ", name.lower(), "")]
     found = [_between(tokenizer, *parts) for parts in written]
     return list(dict.fromkeys(row for row in found if row)) or [(ANY,)]
+
+
+def _trimmed(name: str) -> str:
+    """A name without the comma, or the small words, that lead on to what is said of it."""
+    words = name.rstrip(",;: ").split(" ")
+    while len(words) > 1 and words[-1].rstrip(",;:") in _LEADING_ON.split():
+        words = " ".join(words[:-1]).rstrip(",;: ").split(" ")
+    return " ".join(words).strip()
 
 
 def _between(tokenizer, before: str, name: str, behind: str) -> tuple[int, ...]:
@@ -214,15 +226,19 @@ def _place(before: Tensor | int, token: Tensor) -> Tensor:
 
 
 def _shares(ids: Tensor, mask: Tensor, names: Tensor) -> Tensor:
-    """[B, V] fp32, the share of each name that each sequence has among its prompt tokens."""
+    """[B, V] fp32, the share of each name that each sequence has among its prompt tokens. A whole name in a passage
+    counts for more than 1."""
     there = torch.cat([_place(ANY, ids), _place(ids[:, :-1], ids[:, 1:])], 1)
     prompt = torch.cat([mask, mask[:, 1:] & mask[:, :-1]], 1)
     size = _FEW_PLACES if ids.shape[1] <= _SHORT else _PLACES
     seen = torch.zeros(ids.shape[0], size + 1, dtype=torch.bool, device=names.device)
     seen = seen.scatter(1, torch.where(prompt, there % size, size), torch.ones_like(prompt))
     real = names >= 0
-    found = (seen[:, names.clamp_min(0) % size] & real & (names < _NEVER)).sum(-1) + (~real).all(-1)
-    return found.float() / real.sum(-1).clamp_min(1)
+    missing = (real & ~(seen[:, names.clamp_min(0) % size] & (names < _NEVER))).sum(-1)
+    share = 1.0 - missing / real.sum(-1).clamp_min(1)
+    length = mask.sum(1, keepdim=True) / _QUESTION
+    whole = length.sqrt().clamp(1.0, 1 / _QUIETEST) ** (1 / _POWER)
+    return torch.where((missing == 0) & real.any(-1), whole, share)
 
 
 def named(
@@ -238,8 +254,9 @@ def named(
 ) -> Tensor:
     """Thresholds [B, J] of sequences that name a share of a subject, and end as its edit does. On the device, no sync.
 
-    With s the share and c the cosine of endings, the largest each of the edits of a memory that are named, a threshold
-    is multiplied by `s^-3 sqrt((1 - c) / min_j (1 - c_j))`, the least over memories that are open to the sequence.
+    With s the share (`_shares`) and c the cosine of endings, the largest each of the edits of a memory
+    that are named, a threshold is multiplied by `s^-3 sqrt((1 - c) / min_j (1 - c_j))`, the least over memories that
+    are open to the sequence.
 
     Args:
         thresholds: [J], or [B, J].
