@@ -49,8 +49,9 @@ def untimed(reports):
 
 @pytest.fixture(autouse=True)
 def few_together(monkeypatch):
-    """The four edits of these tests take two steps a pass."""
+    """The four edits of these tests take two steps a pass, and no more passes than they ask for."""
     monkeypatch.setattr(rehearsal, "_TOGETHER", 2)
+    monkeypatch.setattr(rehearsal, "_ROUNDS", 1)
 
 
 @pytest.fixture
@@ -63,6 +64,39 @@ def spoilt(monkeypatch):
         return state.replace(merged=(*state.merged[:-1], memory.replace(values=0.0 * memory.values)))
 
     monkeypatch.setattr("wise_fast.merging.merge_closed", merged)
+
+
+def test_it_goes_on_until_no_more_than_a_tenth_is_lost(monkeypatch, spoilt):
+    """In rounds of as many passes, three at most; each knows where the one before led."""
+    monkeypatch.setattr(rehearsal, "_ROUNDS", 3)
+    steps, practise, judged = [], _Practice.practise, []
+    judge = rehearsal._Rehearsal._judged
+
+    def stepped(self, edits, z, moments, taken, pace):
+        steps.append(taken)
+        practise(self, edits, z, moments, taken, pace)
+
+    def watched(self, memory, passes):
+        made, keys = judge(self, memory, passes)
+        judged.append((passes, sum(report.success for report in made.values())))
+        return made, keys
+
+    monkeypatch.setattr(_Practice, "practise", stepped)
+    monkeypatch.setattr(rehearsal._Rehearsal, "_judged", watched)
+    monkeypatch.setattr(rehearsal._Rehearsal, "_answered", lambda self: {0, 1, 2, 3})
+    taken = {}
+    for passes in (1, 8, 40):
+        editor, state = waiting(rehearsals=passes)
+        steps.clear(), judged.clear()
+        made = rehearsal.merge_closed(editor, state)
+        assert steps == list(range(2 * judged[-1][0])) and [n for n, _ in judged] == list(
+            range(passes, judged[-1][0] + 1, passes)
+        )
+        assert all(right < 4 for _, right in judged[:-1]) and (judged[-1][1] == 4 or len(judged) == 3)
+        if judged[-1][1] == 4:
+            assert [r.steps - s.steps for r, s in zip(made.reports, state.reports, strict=True)] == [judged[-1][0]] * 4
+        taken[passes] = len(judged)
+    assert taken[1] == 3 and taken[40] == 1
 
 
 @pytest.mark.parametrize("room", [rehearsal._KEPT, 0])
@@ -195,9 +229,9 @@ def test_it_shows_that_it_is_alive():
     shown = []
     with editor.watched(lambda: shown.append(1)):
         rehearsal.merge_closed(editor, state)
-    assert len(shown) == 7 * 2 + 1  # two steps a pass, and to judge all
+    assert len(shown) == 7 * 2 + 2  # two steps a pass, and to judge all, before and now
     rehearsal.merge_closed(editor, state)
-    assert len(shown) == 7 * 2 + 1  # nobody watches any more
+    assert len(shown) == 7 * 2 + 2  # nobody watches any more
 
 
 @pytest.mark.parametrize("changes", NOT_REHEARSED)
@@ -317,7 +351,11 @@ def test_the_learning_rate_warms_up_and_stays():
 def test_what_is_kept_is_the_mean_of_the_second_half_of_the_steps(monkeypatch, passes, mean):
     kept = []
     monkeypatch.setattr(_Practice, "practise", lambda self, edits, z, moments, taken, pace: z.fill_(taken))
-    monkeypatch.setattr(rehearsal._Rehearsal, "_judged", lambda self, memory: (kept.append(memory), {}, []))
+    monkeypatch.setattr(
+        rehearsal._Rehearsal, "_judged", lambda self, memory, passes: (kept.append(memory), ({}, []))[1]
+    )
+    monkeypatch.setattr(rehearsal._Rehearsal, "_answered", lambda self: set())
+    monkeypatch.setattr(rehearsal._Rehearsal, "_concluded", lambda self, memory, *_: (memory, {}, []))
     editor, state = waiting(rehearsals=passes)
     rehearsal.merge_closed(editor, state)
     origin = state.closed[0].taught.origin

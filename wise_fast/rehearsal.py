@@ -36,6 +36,8 @@ _OTHERS = 1  # augmented prompts of each in a step (`Standing.draw`)
 _GENTLE = 0.35  # of the learning rate of single edits: a step is followed by those of other edits
 _WARM = 10  # steps until the learning rate is whole
 _LOOK_EVERY = 6  # passes between two looks at which tokens of the vocabulary have become likely
+_ROUNDS = 3  # at most so many times the passes asked for, as long as there is lost
+_LOST = 0.1  # more of what was answered before than this share
 _LABELS = 512  # tokens of answers in one part, of which the whole vocabulary's logits are held at once
 _KEPT = 2**31  # bytes of activations that are kept from one pass to the next; others are captured anew
 
@@ -164,23 +166,38 @@ class _Rehearsal:
         z = torch.zeros_like(self.memory.values)
         moments = [torch.zeros_like(z) for _ in range(self.config.moments)]
         self.material.require_gradients()
-        total, taken = self.config.rehearsals * sum(-(-len(part) // _TOGETHER) for part in self.parts), 0
-        mean = torch.zeros_like(z)
         with torch.inference_mode(False), torch.enable_grad(), self.material.tail.evaluating():
-            for passes in range(self.config.rehearsals):
-                for number in self._shuffled(len(self.parts)):
-                    practice = self._practice(number, passes)
-                    if passes % _LOOK_EVERY == 1:
-                        practice.look_again(z)
-                    order, steps = self._shuffled(practice.count), -(-practice.count // _TOGETHER)
-                    for first in range(steps):
-                        practice.practise(order[first::steps], z, moments, taken, _pace(taken, total))
-                        taken += 1
-                        if 2 * taken > total:
-                            mean += z
-                        self.material.alive()
-            mean /= total - total // 2
-            return self._judged(self.memory.replace(values=storable(self.origin @ mean)))
+            before: set[int] | None = None
+            for number in range(1, _ROUNDS + 1):
+                mean = self._round(z, moments, number)
+                memory = self.memory.replace(values=storable(self.origin @ mean))
+                made, keys = self._judged(memory, number * self.config.rehearsals)
+                before = self._answered() if before is None else before
+                holds = {edit for edit, report in made.items() if report.success}
+                if len(before - holds) <= _LOST * len(before):
+                    break
+            return self._concluded(memory, made, keys, holds, before)
+
+    def _round(self, z: Tensor, moments: list[Tensor], number: int) -> Tensor:
+        """The mean of where the second half of these passes led, the `number`th so many (from 1); changes `z` and
+        `moments`."""
+        count = self.config.rehearsals
+        total = count * sum(-(-len(part) // _TOGETHER) for part in self.parts)
+        first = taken = (number - 1) * total
+        mean = torch.zeros_like(z)
+        for passes in range((number - 1) * count, number * count):
+            for place in self._shuffled(len(self.parts)):
+                practice = self._practice(place, passes)
+                if passes % _LOOK_EVERY == 1:
+                    practice.look_again(z)
+                order, steps = self._shuffled(practice.count), -(-practice.count // _TOGETHER)
+                for start in range(steps):
+                    practice.practise(order[start::steps], z, moments, taken, _pace(taken, total))
+                    taken += 1
+                    if 2 * (taken - first) > total:
+                        mean += z
+                    self.material.alive()
+        return mean / (total - total // 2)
 
     def _practice(self, number: int, passes: int) -> _Practice:
         """Of a part, as it was left if there was room to keep it, or as after so many passes."""
@@ -198,17 +215,40 @@ class _Rehearsal:
             self._kept[number] = practice
         return practice
 
-    def _judged(self, memory: SideMemory) -> Outcome:
-        made, keys, before = {}, [], set()
+    def _judged(self, memory: SideMemory, passes: int) -> tuple[dict[int, EditReport], list[tuple[int, Tensor]]]:
+        """The report of each edit under this memory, after so many passes, and what its prompt activates."""
+        made, keys = {}, []
         for number, part in enumerate(self.parts):
-            practice = self._practice(number, self.config.rehearsals)
-            before |= self._answered(part, practice)
+            practice = self._practice(number, passes)
             for edit, loss, right, key in zip(part, *practice.judge(memory), strict=True):
-                steps, note = self.reports[edit].steps + self.config.rehearsals, "" if right else NOT_FITTED
+                steps, note = self.reports[edit].steps + passes, "" if right else NOT_FITTED
                 made[edit] = self.reports[edit].replace(steps=steps, loss=loss, success=right, note=note)
                 keys.append((edit, key))
             self.material.alive()
-        holds = {edit for edit, report in made.items() if report.success}
+        return made, keys
+
+    def _answered(self) -> set[int]:
+        """Which edits the memory answers as it was learned. All of a shard's part that held when learned, which is more
+        than to be answered, and which it protects: then nobody asks again."""
+        found = set()
+        for number, part in enumerate(self.parts):
+            if self.shard is not None and all(self.reports[edit].success for edit in part):
+                found |= {*part}
+                continue
+            right = self._practice(number, self.config.rehearsals).judge(self.learned)[1]
+            found |= {edit for edit, fine in zip(part, right, strict=True) if fine}
+            self.material.alive()
+        return found
+
+    def _concluded(
+        self,
+        memory: SideMemory,
+        made: dict[int, EditReport],
+        keys: list[tuple[int, Tensor]],
+        holds: set[int],
+        before: set[int],
+    ) -> Outcome:
+        """`run`'s, of what was found: what `holds` now, what was answered `before`."""
         left = self._left(memory, before - holds)
         if len(holds) < len(before) and not left:
             found = len(holds), len(made), len(before)
@@ -225,13 +265,6 @@ class _Rehearsal:
         memory, scores = measure(memory, p, keys, holds, self.config)
         made = {edit: report.replace(score=scores.get(edit, report.score)) for edit, report in made.items()}
         return memory, made, left
-
-    def _answered(self, part: Sequence[int], practice: _Practice) -> set[int]:
-        """Which of these edits the memory answers as it was learned. All of a shard's that held when learned, which is
-        more than to be answered, and which it protects: then nobody asks again."""
-        if self.shard is not None and all(self.reports[edit].success for edit in part):
-            return set(part)
-        return {edit for edit, right in zip(part, practice.judge(self.learned)[1], strict=True) if right}
 
     def _left(self, memory: SideMemory, lost: Collection[int]) -> list[int]:
         """Which of the edits that are answered no more are to be learned in the next shard: all, unless they are more
