@@ -28,7 +28,6 @@ from wise_fast.training import Trainer
 
 _QUIET_TEXTS, _QUIET_TOKENS = 16, 16
 _QUIET_MOST = 48  # tokens of an unrelated text that are read: its routing score shows early, and padding costs
-_UNIT_UNDER_NORM = 5.0
 _REHEARSED = 48  # unrelated texts of earlier edits in the shard that a batch keeps quiet
 
 
@@ -107,15 +106,14 @@ class Material:
     def unit(self) -> float:
         """What margins and learning rate are measured in: the main memory's own median response norm.
 
-        Where the layer normalises the projection's output, size costs nothing and sets edits further apart from the
-        rest, so the unit is larger.
+        Also where the layer normalises the projection's output, and size alone costs nothing: a memory that is so loud
+        that the main one is no longer heard beside it answers what it has not learned at random.
         """
         if self.config.units == "absolute":
             return 1.0
         texts = self._samples[self.config.prefixes :][:4]
         batch, capture = self._captured([tokens.encode(self.tokenizer, text) for text in texts])
-        response = capture.main[batch.prompt_mask.flatten()].float().norm(dim=-1).median()
-        return float(response) * (_UNIT_UNDER_NORM if self.tail.normalizes(capture) else 1.0)
+        return float(capture.main[batch.prompt_mask.flatten()].float().norm(dim=-1).median())
 
     def _prompt_activations(self, prompt: str) -> Tensor:
         """[n, d_ff], what the edited projection is given for a prompt."""

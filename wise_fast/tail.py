@@ -211,27 +211,6 @@ class Tail:
             input_ids=capture.input_ids, attention_mask=capture.attention_mask, use_cache=False, return_dict=True
         )
 
-    @torch.no_grad()
-    def normalizes(self, capture: Capture) -> bool:
-        """Whether the layer normalises the projection's output (as Gemma does), so that only its direction counts."""
-        plain, scaled = (self._layer_output(capture, factor * capture.main) for factor in (1, 100))
-        return bool((scaled - plain).norm() < 0.1 * plain.norm())
-
-    def _layer_output(self, capture: Capture, y: Tensor) -> Tensor:
-        """The edited layer's output, given the projection's."""
-        found: list[Tensor] = []
-        layer = self.model.get_submodule(self.architecture.layers[self.architecture.layer])
-
-        def leave(_module, _args, output):
-            found.append(output[0] if isinstance(output, tuple) else output)
-            raise _Reached
-
-        with self._playing(capture, y) as stack:
-            stack.callback(layer.register_forward_hook(leave).remove)
-            stack.enter_context(suppress(_Reached))
-            self._run(capture)
-        return found[0].float()
-
     @contextmanager
     def _playing(self, capture: Capture, y: Tensor) -> Iterator[ExitStack]:
         """Let the frozen modules answer from the tape and the projection return `y` [B*T, d_out]."""
