@@ -27,6 +27,7 @@ VARIANTS = {
     "subjects are not asked for": {"by_subject": False},
     "no limit of newness": {"last_ratio": None},
     "no neighbours": {"near": 0},
+    "five times as loud": {"alpha": 2.5, "beta": 10.0, "gamma": 5.0, "lr": 20.0},
     "no shortened prompts": {"dropped": 0},
     "no prefixes": {"prefixes": 0},
     "all edits in one memory": {"shard_size": None},

@@ -258,7 +258,7 @@ CPU = {
         stored("one dense copy of the edited matrix, fp32", "one dense copy of the edited matrix"),
     ),
     "lifelong": Table(
-        "| 500 edits, as of commit | Rel | Gen | Loc | memories | MB served | peak MB | s of editing | threads | machine |",
+        "| 500 edits by commit | Rel | Gen | Loc | memories | MB served | peak MB | s of editing | threads | machine |",
         *map(lasted, ("fbe766f", "bf749bf", "042169c", "54e06e1+dirty")),
         lasted("bea400e", ", `rehearsals=12`"),
         lasted("53234e1", ", `rehearsals=10`, `wave=8`"),

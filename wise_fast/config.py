@@ -70,10 +70,11 @@ class WiseConfig:
             of all columns only).
         rehearsals: passes in which the edits of a shard that is full, or of memories that were merged by covariances
             (each time all that it holds by then), are learned once more, all together (`wise_fast.rehearsal`; protected
-            memories only): up to 16 in a step, whatever `batch_size` is, and one augmented prompt of each. Those of a
-            shard that are then answered no more are learned in the next one; where they are more than half, or there is
-            no next one (mode "merge") or no names (`by_subject` off), and fewer are answered than before, all stay as
-            they were. 0 leaves them be.
+            memories only): up to 16 in a step, whatever `batch_size` is, and one augmented prompt of each; twice or
+            three times as many while more than a tenth of what was answered is not. Those of a shard that are then
+            answered no more are learned in the next one; where they are more than half, or there is no next one (mode
+            "merge") or no names (`by_subject` off), and fewer are answered than before, all stay as they were. 0 leaves
+            them be.
         last_dropout: how often, in a step of those, the last token of an augmented prompt gets no response: where the
             model has put the question together wording shows most, and an edit that other tokens carry as well is found
             in other words too (not where the last layer is edited).

@@ -4,7 +4,8 @@ What comes one after another is learned beside what was there before: protected 
 the later an edit, the odder are those that it is left with. The same edits learned together from nothing, some at a
 time, in another order each time and in smaller steps, share what they have in common, and are answered in more other
 words; most of all by the mean of where the second half of the steps led, all of one size (Izmailov et al. 2018, arXiv
-1803.05407). So it is with memories that are to become one, whose average loses what each was fitted to. No edit
+1803.05407). Where more than a tenth of what was answered is not after the passes that were asked for, more of them
+follow. So it is with memories that are to become one, whose average loses what each was fitted to. No edit
 is protected from another, since all come again; the unrelated text that a fresh shard is protected from still is. Until
 then the edits are answered as they were learned, and of them nothing but their texts is kept. Those few that are
 answered no more afterwards, most often since others contradict them, are learned in the next shard.
