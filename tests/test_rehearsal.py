@@ -1,7 +1,9 @@
 """A merged memory is trained on all of its edits: what that finds, what it reports, and what it leaves alone."""
 
 import logging
+from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
@@ -72,37 +74,78 @@ def spoilt(monkeypatch):
     monkeypatch.setattr("wise_fast.merging.merge_closed", merged)
 
 
-def test_it_goes_on_until_no_more_than_a_tenth_is_lost(monkeypatch, spoilt):
-    """In rounds of as many passes, three at most; each knows where the one before led."""
+@pytest.fixture
+def rounds(monkeypatch):
+    """Three at most, as in earnest; how many edits are answered after each can be given."""
     monkeypatch.setattr(rehearsal, "_ROUNDS", 3)
-    steps, practise, judged = [], _Practice.practise, []
-    judge = rehearsal._Rehearsal._judged
+    judged, judge = [], rehearsal._Rehearsal._judged
 
-    def stepped(self, edits, z, moments, taken, pace):
-        steps.append(taken)
-        practise(self, edits, z, moments, taken, pace)
+    def telling(*counts):
+        def told(self, memory, passes):
+            found = judge(self, memory, passes)
+            judged.append((passes, memory))
+            self._before = {0, 1, 2, 3}
+            return replace(found, holds=frozenset(range(counts[len(judged) - 1])))
 
-    def watched(self, memory, passes):
-        made, keys = judge(self, memory, passes)
-        judged.append((passes, sum(report.success for report in made.values())))
-        return made, keys
+        monkeypatch.setattr(rehearsal._Rehearsal, "_judged", told)
+        return judged
+
+    return telling
+
+
+@pytest.mark.parametrize(
+    "answered,taken", [((4,), 0), ((2, 4), 1), ((0, 3, 4), 2), ((3, 2, 1), None), ((4, 0, 0), 0), ((2, 2, 3), None)]
+)
+@pytest.mark.parametrize("room", [rehearsal._KEPT, 0])
+def test_it_goes_on_while_what_was_learned_would_stay(monkeypatch, rounds, answered, taken, room):
+    """In rounds of as many passes, each from where the one before led; the best is taken."""
+    monkeypatch.setattr(rehearsal, "_KEPT", room)
+    judged = rounds(*answered)
+    steps, practise = [], _Practice.practise
+
+    def stepped(self, edits, z, moments, number, pace):
+        before = z.clone()
+        practise(self, edits, z, moments, number, pace)
+        steps.append((number, before, z.clone()))
 
     monkeypatch.setattr(_Practice, "practise", stepped)
-    monkeypatch.setattr(rehearsal._Rehearsal, "_judged", watched)
-    monkeypatch.setattr(rehearsal._Rehearsal, "_answered", lambda self: {0, 1, 2, 3})
-    taken = {}
-    for passes in (1, 8, 40):
-        editor, state = waiting(rehearsals=passes)
-        steps.clear(), judged.clear()
-        made = rehearsal.merge_closed(editor, state)
-        assert steps == list(range(2 * judged[-1][0])) and [n for n, _ in judged] == list(
-            range(passes, judged[-1][0] + 1, passes)
-        )
-        assert all(right < 4 for _, right in judged[:-1]) and (judged[-1][1] == 4 or len(judged) == 3)
-        if judged[-1][1] == 4:
-            assert [r.steps - s.steps for r, s in zip(made.reports, state.reports, strict=True)] == [judged[-1][0]] * 4
-        taken[passes] = len(judged)
-    assert taken[1] == 3 and taken[40] == 1
+    editor, state = waiting(rehearsals=2)
+    made = rehearsal.merge_closed(editor, state)
+    count = next((i + 1 for i, n in enumerate(answered) if n == 4), 3)
+    assert [passes for passes, _ in judged] == [2 * i for i in range(1, count + 1)]
+    assert [number for number, *_ in steps] == list(range(4 * count))
+    assert all(torch.equal(one[2], other[1]) for one, other in pairwise(steps))
+    (plain,) = merge_closed(state, editor.config).merged
+    kept = plain if taken is None else judged[taken][1]
+    assert torch.equal(made.merged[0].values, kept.values)
+    assert len({memory.values.sum().item() for _, memory in judged}) == count
+
+
+def test_a_round_that_diverges_leaves_the_one_before(monkeypatch, rounds):
+    judged, practise = rounds(3, 0, 0), _Practice.practise
+
+    def breaking(self, edits, z, moments, number, pace):
+        if number == 5:  # of the second round
+            raise EditDiverged(0)
+        practise(self, edits, z, moments, number, pace)
+
+    monkeypatch.setattr(_Practice, "practise", breaking)
+    monkeypatch.setattr(rehearsal._Rehearsal, "_is_enough", lambda self, found: False)
+    monkeypatch.setattr(rehearsal._Rehearsal, "_left", lambda self, memory, lost: sorted(lost))
+    editor, state = waiting(rehearsals=2)
+    made = rehearsal.merge_closed(editor, state)
+    assert len(judged) == 1 and torch.equal(made.merged[0].values, judged[0][1].values)
+    assert made.merged[0].edits == (0, 1, 2)
+
+
+@pytest.mark.parametrize("lost,enough", [(0, True), (1, True), (2, False), (11, False)])
+def test_a_shard_may_lose_a_tenth_of_what_it_held(monkeypatch, lost, enough):
+    editor = make_editor(FACTS, shard_size=4, rehearsals=1)
+    shard = rehearsal._Rehearsal(editor, editor.memories[0], Shard(editor.memories[0], None), editor.state, range(4))
+    shard._before = set(range(10, 25))
+    monkeypatch.setattr(rehearsal._Rehearsal, "_left", lambda self, memory, lost: sorted(lost) if len(lost) < 8 else [])
+    found = rehearsal._Found(editor.memories[0], {}, [], frozenset(range(10, 25 - lost)))
+    assert shard._is_enough(found) == enough
 
 
 @pytest.mark.parametrize("room", [rehearsal._KEPT, 0])
@@ -235,9 +278,9 @@ def test_it_shows_that_it_is_alive():
     shown = []
     with editor.watched(lambda: shown.append(1)):
         rehearsal.merge_closed(editor, state)
-    assert len(shown) == 7 * 2 + 2  # two steps a pass, and to judge all, before and now
+    assert len(shown) == 7 * 2 + 1  # two steps a pass, and to judge all
     rehearsal.merge_closed(editor, state)
-    assert len(shown) == 7 * 2 + 2  # nobody watches any more
+    assert len(shown) == 7 * 2 + 1  # nobody watches any more
 
 
 @pytest.mark.parametrize("changes", NOT_REHEARSED)
@@ -357,11 +400,9 @@ def test_the_learning_rate_warms_up_and_stays():
 def test_what_is_kept_is_the_mean_of_the_second_half_of_the_steps(monkeypatch, passes, mean):
     kept = []
     monkeypatch.setattr(_Practice, "practise", lambda self, edits, z, moments, taken, pace: z.fill_(taken))
-    monkeypatch.setattr(
-        rehearsal._Rehearsal, "_judged", lambda self, memory, passes: (kept.append(memory), ({}, []))[1]
-    )
-    monkeypatch.setattr(rehearsal._Rehearsal, "_answered", lambda self: set())
-    monkeypatch.setattr(rehearsal._Rehearsal, "_concluded", lambda self, memory, *_: (memory, {}, []))
+    monkeypatch.setattr(rehearsal._Rehearsal, "_judged", lambda self, memory, passes: kept.append(memory))
+    monkeypatch.setattr(rehearsal._Rehearsal, "_is_enough", lambda self, found: True)
+    monkeypatch.setattr(rehearsal._Rehearsal, "_concluded", lambda self, found: (kept[0], {}, []))
     editor, state = waiting(rehearsals=passes)
     rehearsal.merge_closed(editor, state)
     origin = state.closed[0].taught.origin

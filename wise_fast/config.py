@@ -53,8 +53,9 @@ class WiseConfig:
         z_ratio: with route_by "leverage", it is this share of the median, unless the other is less.
         last_ratio: with route_by "leverage", how much newer than that of a memory's median edit the last token of a
             prompt may be, as a ratio, before it has to be louder (`wise_fast.scope`); None sets no limit.
-        by_subject: whether only prompts that name the subject of one of a memory's edits are in scope of it, and those
-            that name a part of it if they are louder (`wise_fast.subjects`).
+        by_subject: whether only prompts that name the subject of one of a memory's edits are in scope of it, those
+            that name a part of it if they are louder, and long ones that name all of it also if they are less loud
+            (`wise_fast.subjects`).
         protect: protected update (`wise_fast.protection`), neuron layout only.
         protect_lambda: its lambda, in units of the edit's own mean a P a^T.
         protect_irrelevant: the same of sampled unrelated text, which is protected before the first edit; None leaves it
@@ -70,11 +71,11 @@ class WiseConfig:
             of all columns only).
         rehearsals: passes in which the edits of a shard that is full, or of memories that were merged by covariances
             (each time all that it holds by then), are learned once more, all together (`wise_fast.rehearsal`; protected
-            memories only): up to 16 in a step, whatever `batch_size` is, and one augmented prompt of each; twice or
-            three times as many while more than a tenth of what was answered is not. Those of a shard that are then
-            answered no more are learned in the next one; where they are more than half, or there is no next one (mode
-            "merge") or no names (`by_subject` off), and fewer are answered than before, all stay as they were. 0 leaves
-            them be.
+            memories only): up to 16 in a step, whatever `batch_size` is, and one augmented prompt of each. Twice or
+            three times as many while more than a tenth of what was answered is not, or they would be in vain; the best
+            of these rounds counts. Those of a shard that are then answered no more are learned in the next one; where
+            they are more than half, or there is no next one (mode "merge") or no names (`by_subject` off), and fewer
+            are answered than before, all stay as they were. 0 leaves them be.
         last_dropout: how often, in a step of those, the last token of an augmented prompt gets no response: where the
             model has put the question together wording shows most, and an edit that other tokens carry as well is found
             in other words too (not where the last layer is edited).

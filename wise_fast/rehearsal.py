@@ -4,11 +4,13 @@ What comes one after another is learned beside what was there before: protected 
 the later an edit, the odder are those that it is left with. The same edits learned together from nothing, some at a
 time, in another order each time and in smaller steps, share what they have in common, and are answered in more other
 words; most of all by the mean of where the second half of the steps led, all of one size (Izmailov et al. 2018, arXiv
-1803.05407). Where more than a tenth of what was answered is not after the passes that were asked for, more of them
-follow. So it is with memories that are to become one, whose average loses what each was fitted to. No edit
+1803.05407). So it is with memories that are to become one, whose average loses what each was fitted to. No edit
 is protected from another, since all come again; the unrelated text that a fresh shard is protected from still is. Until
-then the edits are answered as they were learned, and of them nothing but their texts is kept. Those few that are
-answered no more afterwards, most often since others contradict them, are learned in the next shard.
+then the edits are answered as they were learned, and of them nothing but their texts is kept.
+
+Where the passes that were asked for lose more than a tenth of what was answered, or so much that what was learned would
+stay, another round of as many follows, and the best round is taken. Those few that are answered no more afterwards,
+most often since others contradict them, are learned in the next shard.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,8 +40,8 @@ _OTHERS = 1  # augmented prompts of each in a step (`Standing.draw`)
 _GENTLE = 0.7  # of the learning rate of single edits: a step is followed by those of other edits
 _WARM = 10  # steps until the learning rate is whole
 _LOOK_EVERY = 6  # passes between two looks at which tokens of the vocabulary have become likely
-_ROUNDS = 3  # at most so many times the passes asked for, as long as there is lost
-_LOST = 0.1  # more of what was answered before than this share
+_ROUNDS = 3  # at most so many times the passes asked for
+_LOST = 0.1  # share of what was answered before that a round may lose
 _LABELS = 512  # tokens of answers in one part, of which the whole vocabulary's logits are held at once
 _KEPT = 2**31  # bytes of activations that are kept from one pass to the next; others are captured anew
 
@@ -75,6 +78,23 @@ def _rehearsed(material: Material, before: EditorState, state: EditorState) -> t
         report = made.get(i, reports[i])
         reports[i] = report.replace(seconds=report.seconds + seconds)
     return state.replace(merged=(*state.merged[:-1], memory), reports=tuple(reports)), left
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a round led to.
+
+    Attributes:
+        memory: with the mean of the round's second half.
+        made: the report of each edit under it.
+        keys: what their prompts activate, for thresholds.
+        holds: the edits that it answers.
+    """
+
+    memory: SideMemory
+    made: dict[int, EditReport]
+    keys: list[tuple[int, Tensor]]
+    holds: frozenset[int]
 
 
 class _Practice(Trainer):
@@ -149,6 +169,7 @@ class _Rehearsal:
         self.parts = self._parts([edits[i] for i in self._shuffled(len(edits))])
         self.prompts = {report.edit.prompt for report in state.reports}
         self._kept: dict[int, _Practice] = {}
+        self._before: set[int] | None = None  # what the memory answered as it was learned, once that is asked
         self._room = _KEPT
 
     def _shuffled(self, count: int) -> list[int]:
@@ -167,17 +188,22 @@ class _Rehearsal:
         z = torch.zeros_like(self.memory.values)
         moments = [torch.zeros_like(z) for _ in range(self.config.moments)]
         self.material.require_gradients()
+        best: _Found | None = None
         with torch.inference_mode(False), torch.enable_grad(), self.material.tail.evaluating():
-            before: set[int] | None = None
             for number in range(1, _ROUNDS + 1):
-                mean = self._round(z, moments, number)
-                memory = self.memory.replace(values=storable(self.origin @ mean))
-                made, keys = self._judged(memory, number * self.config.rehearsals)
-                before = self._answered() if before is None else before
-                holds = {edit for edit, report in made.items() if report.success}
-                if len(before - holds) <= _LOST * len(before):
+                try:
+                    mean = self._round(z, moments, number)
+                    memory = self.memory.replace(values=storable(self.origin @ mean))
+                    found = self._judged(memory, number * self.config.rehearsals)
+                except EditDiverged:
+                    if best is None:
+                        raise
                     break
-            return self._concluded(memory, made, keys, holds, before)
+                if best is None or len(found.holds) > len(best.holds):
+                    best = found
+                if self._is_enough(found):
+                    break
+            return self._concluded(best)
 
     def _round(self, z: Tensor, moments: list[Tensor], number: int) -> Tensor:
         """The mean of where the second half of these passes led, the `number`th so many (from 1); changes `z` and
@@ -216,50 +242,48 @@ class _Rehearsal:
             self._kept[number] = practice
         return practice
 
-    def _judged(self, memory: SideMemory, passes: int) -> tuple[dict[int, EditReport], list[tuple[int, Tensor]]]:
-        """The report of each edit under this memory, after so many passes, and what its prompt activates."""
-        made, keys = {}, []
+    def _judged(self, memory: SideMemory, passes: int) -> _Found:
+        """What it gives, after so many passes."""
+        made, keys, asked = {}, [], self._before is not None
+        before = self._before if asked else set()
         for number, part in enumerate(self.parts):
             practice = self._practice(number, passes)
+            if not asked:
+                before |= self._answered(part, practice)
             for edit, loss, right, key in zip(part, *practice.judge(memory), strict=True):
                 steps, note = self.reports[edit].steps + passes, "" if right else NOT_FITTED
                 made[edit] = self.reports[edit].replace(steps=steps, loss=loss, success=right, note=note)
                 keys.append((edit, key))
             self.material.alive()
-        return made, keys
+        self._before = before
+        return _Found(memory, made, keys, frozenset(edit for edit, report in made.items() if report.success))
 
-    def _answered(self) -> set[int]:
-        """Which edits the memory answers as it was learned. All of a shard's part that held when learned, which is more
-        than to be answered, and which it protects: then nobody asks again."""
-        found = set()
-        for number, part in enumerate(self.parts):
-            if self.shard is not None and all(self.reports[edit].success for edit in part):
-                found |= {*part}
-                continue
-            right = self._practice(number, self.config.rehearsals).judge(self.learned)[1]
-            found |= {edit for edit, fine in zip(part, right, strict=True) if fine}
-            self.material.alive()
-        return found
+    def _answered(self, part: Sequence[int], practice: _Practice) -> set[int]:
+        """Which of these edits the memory answers as it was learned. All of a shard's that held when learned, which is
+        more than to be answered, and which it protects: then nobody asks again."""
+        if self.shard is not None and all(self.reports[edit].success for edit in part):
+            return set(part)
+        return {edit for edit, right in zip(part, practice.judge(self.learned)[1], strict=True) if right}
 
-    def _concluded(
-        self,
-        memory: SideMemory,
-        made: dict[int, EditReport],
-        keys: list[tuple[int, Tensor]],
-        holds: set[int],
-        before: set[int],
-    ) -> Outcome:
-        """`run`'s, of what was found: what `holds` now, what was answered `before`."""
-        left = self._left(memory, before - holds)
-        if len(holds) < len(before) and not left:
-            found = len(holds), len(made), len(before)
-            logger.warning("rehearsal answers %d of %d edits; they stay as learned (%d)", *found)
+    def _is_enough(self, found: _Found) -> bool:
+        """Whether no more than a tenth is lost, and it would be taken."""
+        lost = self._before - found.holds
+        taken = len(found.holds) >= len(self._before) or self._left(found.memory, lost)
+        return len(lost) <= _LOST * len(self._before) and bool(taken)
+
+    def _concluded(self, found: _Found) -> Outcome:
+        """`run`'s, of the best that was found."""
+        memory, made, keys, holds = found.memory, found.made, found.keys, found.holds
+        left = self._left(memory, self._before - holds)
+        if len(holds) < len(self._before) and not left:
+            counts = len(holds), len(made), len(self._before)
+            logger.warning("rehearsal answers %d of %d edits; they stay as learned (%d)", *counts)
             return self.learned, {}, []
         if left:
             logger.info("rehearsal answers %d of %d edits; %d go to the next shard", len(holds), len(made), len(left))
             kept = [row for row, edit in enumerate(memory.edits) if edit not in left]
             memory = memory.replace(edits=tuple(memory.edits[row] for row in kept), names=memory.names.only(kept))
-            made |= {edit: self.reports[edit].replace(steps=made[edit].steps) for edit in left}
+            made = made | {edit: self.reports[edit].replace(steps=made[edit].steps) for edit in left}
             keys = [(edit, key) for edit, key in keys if edit not in left]
         measure = merging.recalibrated if self.shard is None else calibrated
         p = merging.protection_of(memory.taught) if self.shard is None else self.shard.p

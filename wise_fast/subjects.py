@@ -40,8 +40,10 @@ _FEW = 4  # fewer endings than these say nothing yet
 # What a prompt has is a bitmap, in which tokens and pairs share places by chance: the longer, the larger it has to be.
 _SHORT, _FEW_PLACES, _PLACES = 256, 1 << 18, 1 << 22
 _NEVER = _PLACES  # a place that no prompt has
-# Where a subject is given as the first words of a passage, the last of them are not of its name.
-_LEADING_ON = "a also an and are as for has have in is known of on or that the to was were which who with"
+# Where a subject is the first words of a passage, and no more is asked, the last of them are not of its name.
+_SMALL = r"(?:an?|also|and|are|as|for|ha(?:s|ve)|in|is|known|o[fnr]|th(?:at|e)|to|w(?:as|ere|hich|ho|ith))"
+_LEADING_ON = re.compile(rf"(?:[\s,;:]+{_SMALL})*[\s,;:]*$")
+_SAYS_NOTHING = re.compile(rf"(?:{_SMALL}|[\W_]+)(?:\s+(?:{_SMALL}|[\W_]+))*", re.IGNORECASE)
 _FIRST, _SECOND = 0x9E3779B1, 0x85EBCA6B
 
 
@@ -78,7 +80,8 @@ def spellings(tokenizer, edit: Edit) -> list[tuple[int, ...]]:
     given = _search(edit.prompt, edit.subject) if edit.subject else None
     said = edit.prompt if given or not edit.messages else edit.messages[-1].content
     place = given.span() if given else find_subject(said, None)
-    name = "" if place is None else _trimmed(said[slice(*place)])
+    name = "" if place is None else said[slice(*place)].strip()
+    name = _trimmed(name) if name == said.strip() else name
     here = edit.prompt.find(name, place[0]) if name and said is edit.prompt else edit.prompt.rfind(name)
     if not name or here < 0:
         return [(ANY,)]
@@ -89,11 +92,9 @@ def spellings(tokenizer, edit: Edit) -> list[tuple[int, ...]]:
 
 
 def _trimmed(name: str) -> str:
-    """A name without the comma, or the small words, that lead on to what is said of it."""
-    words = name.rstrip(",;: ").split(" ")
-    while len(words) > 1 and words[-1].rstrip(",;:") in _LEADING_ON.split():
-        words = " ".join(words[:-1]).rstrip(",;: ").split(" ")
-    return " ".join(words).strip()
+    """A name without the comma, or the small words, that lead on to what is said of it; as it is if no more is left."""
+    found = _LEADING_ON.sub("", name, count=1)
+    return name if not found or _SAYS_NOTHING.fullmatch(found) else found
 
 
 def _between(tokenizer, before: str, name: str, behind: str) -> tuple[int, ...]:
@@ -235,8 +236,8 @@ def _shares(ids: Tensor, mask: Tensor, names: Tensor) -> Tensor:
     seen = seen.scatter(1, torch.where(prompt, there % size, size), torch.ones_like(prompt))
     real = names >= 0
     missing = (real & ~(seen[:, names.clamp_min(0) % size] & (names < _NEVER))).sum(-1)
-    share = 1.0 - missing / real.sum(-1).clamp_min(1)
-    length = mask.sum(1, keepdim=True) / _QUESTION
+    share = 1.0 - missing.float() / real.sum(-1).clamp_min(1)
+    length = mask.sum(1, keepdim=True).float() / _QUESTION
     whole = length.sqrt().clamp(1.0, 1 / _QUIETEST) ** (1 / _POWER)
     return torch.where((missing == 0) & real.any(-1), whole, share)
 
