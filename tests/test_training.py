@@ -127,6 +127,15 @@ class TestLearningRate:
         lr = [make_trainer(editor, FACTS[:1]).lr for editor in (one, other)]
         assert lr[1] == pytest.approx(scale * lr[0], rel=0.2)
 
+    @pytest.mark.parametrize("family", ["mistral", "gemma3"])
+    def test_the_unit_is_the_main_responses_norm_also_where_the_layer_normalises_it(self, family):
+        editor, norms = make_editor(family=family), []
+        texts = editor._samples[editor.config.prefixes :][:4]
+        hook = editor.projection.register_forward_hook(lambda _m, _a, y: norms.append(y[0].norm(dim=-1)))
+        logits(editor.model, texts)
+        hook.remove()
+        assert editor.unit == pytest.approx(float(torch.cat(norms).median()), rel=1e-4)
+
     def test_absolute_units_are_taken_as_they_are(self):
         editor = make_editor(units="absolute", lr=0.125)
         assert editor.unit == 1.0 and make_trainer(editor, FACTS[:1]).lr == 0.125

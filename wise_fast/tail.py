@@ -182,8 +182,15 @@ class Tail:
 
     @contextmanager
     def _replaying(self, capture: Capture, y: Tensor, positions: Tensor) -> Iterator[ExitStack]:
-        """Play the tape; the last FFN and the head see label positions alone."""
-        with self._playing(capture, y) as stack:
+        """Let the frozen modules answer from the tape and the projection return `y` [B*T, d_out]; the last FFN and the
+        head see label positions alone."""
+        y = y.view(*capture.shape, y.shape[-1])
+        with ExitStack() as stack:
+            stack.enter_context(self.evaluating())
+            for name, calls in capture.tape.items():
+                module = self.model.get_submodule(name)
+                stack.enter_context(_forward(module, _player(calls, module.forward)))
+            stack.enter_context(_forward(self._projection(), lambda _a: y))
             for name, rows in self.fewest.items():
                 module = self.model.get_submodule(name)
                 stack.enter_context(_forward(module, with_rows(rows, module.forward)))
@@ -210,18 +217,6 @@ class Tail:
         return self.model(
             input_ids=capture.input_ids, attention_mask=capture.attention_mask, use_cache=False, return_dict=True
         )
-
-    @contextmanager
-    def _playing(self, capture: Capture, y: Tensor) -> Iterator[ExitStack]:
-        """Let the frozen modules answer from the tape and the projection return `y` [B*T, d_out]."""
-        y = y.view(*capture.shape, y.shape[-1])
-        with ExitStack() as stack:
-            stack.enter_context(self.evaluating())
-            for name, calls in capture.tape.items():
-                module = self.model.get_submodule(name)
-                stack.enter_context(_forward(module, _player(calls, module.forward)))
-            stack.enter_context(_forward(self._projection(), lambda _a: y))
-            yield stack
 
     @contextmanager
     def head_at(self, positions: Tensor) -> Iterator[None]:
