@@ -266,6 +266,7 @@ CPU = {
         lasted("cd485ed", ", `rehearsals=14`, `wave=8`"),
         lasted("c840cb2", ", `rehearsals=10`, `wave=8`"),
         lasted("d6d80fc", ", `rehearsals=14`, `wave=8`"),
+        lasted("63eb504", ", `rehearsals=14`, `wave=8`"),
     ),
     "methods": Table(
         "| | Rel | Gen | Loc | perplexity of held-out passages | s an edit | MB served | peak MB |",
