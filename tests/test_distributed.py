@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from tests import killed
 from tests.edited import saved_model
-from tests.killed import CONFIG, EDITS
+from tests.killed import EDITS
 from wise_fast import Edit, WiseEditor, merging, rehearsal, storage
 from wise_fast.checkpoint import Digester
 from wise_fast.distributed import distribute
@@ -22,6 +23,7 @@ from wise_fast.ranks import Ranks
 from wise_fast.shards import PACK, SHARDS, Shards
 
 ROOT = Path(__file__).resolve().parents[1]
+CONFIG = killed.CONFIG.replace(rehearsals=12)  # enough for a shard to keep all of its edits
 STREAM = [*EDITS, Edit("River of Milan:", "J"), Edit("River of Kiel:", "K", irrelevant="River of Oslo:")]
 SIZE, COUNT = 3, 4  # a batch that ends with its shard, and a last shard that is not full
 MODES = {
@@ -122,7 +124,8 @@ def test_who_waits_hears_of_a_shard_that_is_rehearsed(files, tmp_path):
     shards, heard = Shards(editor, STREAM, tmp_path), []
     shards.claim()
     shards.fill(0, heard.append)
-    assert heard == [0] * 5 + [SIZE]  # a step a pass, to judge, and the batch
+    rounds, rest = divmod(len(heard) - 1, 5)
+    assert heard == [0] * (5 * rounds) + [SIZE] and 1 <= rounds <= 3 and not rest  # 4 passes of a step, to judge; batch
 
 
 def test_who_waits_hears_of_a_merge_that_is_rehearsed(files, tmp_path, monkeypatch):
@@ -130,8 +133,9 @@ def test_who_waits_hears_of_a_merge_that_is_rehearsed(files, tmp_path, monkeypat
     ranks, heard, at = Ranks(0, 1, None, editor.device, 1.0), [], Ranks.at
     monkeypatch.setattr(Ranks, "at", lambda self, place, *more: (heard.append(place), at(self, place, *more)))
     assert distribute(Shards(editor, STREAM, tmp_path), ranks).memories == 1
-    assert heard[-4:] == [f"joining the shards in {tmp_path / PACK}"] * 4  # it begins, two passes, and to judge
-    assert heard[-5] != heard[-4]
+    joining = [place for place in heard if place == f"joining the shards in {tmp_path / PACK}"]
+    rounds, rest = divmod(len(joining) - 1, 3)
+    assert heard[-len(joining) :] == joining and 1 <= rounds <= 3 and not rest  # it begins; two passes, to judge
 
 
 def test_a_pack_is_loaded_and_answers(files, alone):
