@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.edited import ELSEWHERE, FACTS, logits, make_editor, same
+from tests.rehearsed import PROMPTS, TARGETS, few_together  # noqa: F401
 from wise_fast import rehearsal
 from wise_fast.data import Edit
 from wise_fast.memory import storable
@@ -16,8 +17,7 @@ from wise_fast.merging import merge_closed
 from wise_fast.metrics import answer
 from wise_fast.rehearsal import _Practice
 from wise_fast.standing import Standing
-from wise_fast.state import Shard
-from wise_fast.training import EditDiverged, Trainer
+from wise_fast.training import EditDiverged
 
 REHEARSED = dict(mode="merge", merging="regmean", mask_ratio=1.0, shard_size=1, shards=4, batch_size=2, rehearsals=16)
 NOT_REHEARSED = [
@@ -27,8 +27,6 @@ NOT_REHEARSED = [
     {"mode": "retrieve", "protect": False, "merging": "ties"},
     {"mode": "retrieve", "layout": "element", "merging": "ties"},
 ]
-PROMPTS = [fact.prompt for fact in FACTS]
-TARGETS = [fact.target for fact in FACTS]
 
 
 @cache
@@ -47,19 +45,6 @@ def waiting(**changes):
 
 def untimed(reports):
     return [report.replace(seconds=0.0) for report in reports]
-
-
-@pytest.fixture(autouse=True)
-def few_together(monkeypatch):
-    """The four edits of these tests take two steps a pass, and no more passes than they ask for."""
-    monkeypatch.setattr(rehearsal, "_TOGETHER", 2)
-    monkeypatch.setattr(rehearsal, "_ROUNDS", 1)
-
-
-@pytest.fixture
-def feeble(monkeypatch):
-    """One pass answers nothing."""
-    monkeypatch.setattr(rehearsal, "_GENTLE", 0.1)
 
 
 @pytest.fixture
@@ -136,16 +121,6 @@ def test_a_round_that_diverges_leaves_the_one_before(monkeypatch, rounds):
     made = rehearsal.merge_closed(editor, state)
     assert len(judged) == 1 and torch.equal(made.merged[0].values, judged[0][1].values)
     assert made.merged[0].edits == (0, 1, 2)
-
-
-@pytest.mark.parametrize("lost,enough", [(0, True), (1, True), (2, False), (11, False)])
-def test_a_shard_may_lose_a_tenth_of_what_it_held(monkeypatch, lost, enough):
-    editor = make_editor(FACTS, shard_size=4, rehearsals=1)
-    shard = rehearsal._Rehearsal(editor, editor.memories[0], Shard(editor.memories[0], None), editor.state, range(4))
-    shard._before = set(range(10, 25))
-    monkeypatch.setattr(rehearsal._Rehearsal, "_left", lambda self, memory, lost: sorted(lost) if len(lost) < 8 else [])
-    found = rehearsal._Found(editor.memories[0], {}, [], frozenset(range(10, 25 - lost)))
-    assert shard._is_enough(found) == enough
 
 
 @pytest.mark.parametrize("room", [rehearsal._KEPT, 0])
@@ -287,107 +262,6 @@ def test_it_shows_that_it_is_alive():
 def test_what_is_not_to_be_rehearsed_is_not(monkeypatch, changes):
     monkeypatch.setattr(rehearsal, "_Rehearsal", None)
     assert make_editor(FACTS, **REHEARSED | {"shards": 2} | changes).memories
-
-
-class TestFullShards:
-    """Of mode "retrieve": a shard is rehearsed when it is full."""
-
-    KINDS = [{}, {"mask_ratio": 0.4}, {"route_by": "score"}, {"seed": 3}]
-
-    @pytest.mark.parametrize("changes", KINDS, ids=str)
-    def test_they_answer_all_that_they_hold(self, changes):
-        settings = dict(mode="retrieve", shard_size=2, rehearsals=20) | changes
-        plain, editor = (make_editor(FACTS, **settings | more) for more in ({"rehearsals": 0}, {}))
-        assert [m.edits for m in editor.memories] == [(0, 1), (2, 3)] and answer(editor, PROMPTS) == TARGETS
-        assert not any(torch.equal(a.values, b.values) for a, b in zip(plain.memories, editor.memories, strict=True))
-        assert all(r.seconds > 0 and r.success for r in editor.edits)
-        for fact, report in zip(FACTS, editor.edits, strict=True):
-            logits(editor.model, [fact.prompt])
-            assert float(editor.routing.scores.max()) == pytest.approx(report.score, rel=1e-3)
-        if plain.memories[0].factor is not None:
-            assert torch.equal(plain.memories[0].factor, editor.memories[0].factor)
-
-    def test_one_that_is_not_full_waits(self):
-        plain, editor = (make_editor(FACTS[:3], shard_size=3 + n, rehearsals=20) for n in (1, 0))
-        again = make_editor(FACTS[:3], shard_size=4, rehearsals=0)
-        assert torch.equal(plain.memories[0].values, again.memories[0].values)
-        assert not torch.equal(plain.memories[0].values, editor.memories[0].values)
-
-    def test_what_they_do_not_answer_is_learned_in_the_next(self, monkeypatch):
-        monkeypatch.setattr(rehearsal._Rehearsal, "_left", lambda self, memory, lost: [1] if 1 in memory.edits else [])
-        editor = make_editor(shard_size=3, rehearsals=20)
-        reports = editor.edit(FACTS[:3])
-        assert [m.edits for m in editor.memories] == [(0, 2), (1,)] and len(editor.edits) == 3
-        assert all(m.names.are_sound(len(m.edits), m.shape[1]) for m in editor.memories)
-        assert reports == editor.edits and all(report.success for report in reports)
-        assert reports[1].steps > 0 and reports[1].loss_before > 1 and reports[1].loss < 0.5
-        for own, fact, report in zip((0, 1, 0), FACTS[:3], reports, strict=True):
-            logits(editor.model, [fact.prompt])
-            assert editor.routing.choice.tolist() == [own]
-            assert float(editor.routing.scores[0, own]) == pytest.approx(report.score, rel=1e-3)
-        editor.edit(FACTS[3:])
-        assert [m.edits for m in editor.memories] == [(0, 2), (1, 3)] and answer(editor, PROMPTS) == TARGETS
-        editor.rollback(1)
-        assert [m.edits for m in editor.memories] == [(0, 2), (1,)]
-        editor.rollback(3)
-        assert not editor.memories and not editor.edits
-
-    def test_what_diverges_in_the_next_is_reported(self, monkeypatch, caplog):
-        monkeypatch.setattr(rehearsal._Rehearsal, "_left", lambda self, memory, lost: [1])
-        editor = make_editor(shard_size=3, rehearsals=20)
-        run = Trainer.run
-
-        def diverging(trainer):
-            if trainer.count == 1:
-                raise EditDiverged(0)
-            return run(trainer)
-
-        monkeypatch.setattr(Trainer, "run", diverging)
-        reports = editor.edit(FACTS[:3])
-        assert [report.success for report in reports] == [True, False, True] and "diverged" in reports[1].note
-        assert [m.edits for m in editor.memories][0] == (0, 2)
-
-    @pytest.mark.parametrize("size", [1, 2])
-    def test_what_is_never_answered_stays_where_it_is(self, feeble, size):
-        editor = make_editor(FACTS, shard_size=size, max_steps=1, rehearsals=1)
-        assert [m.edits for m in editor.memories] == [tuple(range(i, i + size)) for i in range(0, 4, size)]
-        assert not any(report.success for report in editor.edits) and len(editor.edits) == 4
-
-    def test_at_most_half_of_them_go_on(self):
-        editor = make_editor(FACTS, shard_size=4, rehearsals=1)
-        shard = rehearsal._Rehearsal(
-            editor, editor.memories[0], Shard(editor.memories[0], None), editor.state, range(4)
-        )
-        assert [shard._left(editor.memories[0], lost) for lost in ({2}, {3, 1}, {0, 1, 2})] == [[2], [1, 3], []]
-        nameless = editor.memories[0].replace(names=None)
-        assert shard._left(nameless, {2}) == []
-
-    def test_one_that_answers_less_than_half_stays_as_it_was_learned(self, feeble, caplog):
-        plain, editor = (make_editor(FACTS, shard_size=4, rehearsals=n) for n in (0, 1))
-        assert torch.equal(plain.memories[0].values, editor.memories[0].values)
-        assert "they stay as learned (4)" in caplog.text
-
-    def test_what_was_answered_and_did_not_count_as_held_is_not_given_up(self, feeble, caplog):
-        """Reports are stricter than answers: right, but not sure enough."""
-        plain, editor = (make_editor(FACTS, shard_size=4, max_steps=3, rehearsals=n) for n in (0, 1))
-        assert answer(plain, PROMPTS) == TARGETS and not any(report.success for report in plain.edits)
-        assert torch.equal(plain.memories[0].values, editor.memories[0].values)
-        assert "they stay as learned (4)" in caplog.text
-
-    def test_nobody_asks_again_where_all_held(self, monkeypatch):
-        asked, judge = [], _Practice.judge
-        monkeypatch.setattr(_Practice, "judge", lambda self, memory: (asked.append(memory), judge(self, memory))[1])
-        make_editor(FACTS, shard_size=4, rehearsals=20)
-        make_editor(FACTS, shard_size=4, rehearsals=20, max_steps=3)
-        assert len(asked) == 1 + 2
-
-    def test_taking_it_back_takes_the_rehearsal_back(self):
-        editor = make_editor(FACTS[:3], shard_size=4, batch_size=1, rehearsals=4)
-        before = editor.memories[0].values
-        editor.edit(FACTS[3:])
-        assert not torch.equal(editor.memories[0].values, before)
-        editor.rollback(1)
-        assert torch.equal(editor.memories[0].values, before)
 
 
 def test_the_learning_rate_warms_up_and_stays():
