@@ -29,7 +29,7 @@ from wise_fast.journal import Journal
 from wise_fast.models import load_model
 from wise_fast.report import write_report
 from wise_fast.routing_scores import sample_prompts
-from wise_fast.run_settings import RunSettings, batches, parse_points
+from wise_fast.run_settings import RunSettings, batches, method_settings, parse_points, read_run_file
 from wise_fast.settings import parse_setting
 from wise_fast.tasks import TASKS, general_ability
 
@@ -40,6 +40,7 @@ _FIGURES = (
 _COSTS = ("seconds_per_edit", "edit_seconds", "successes", "memories", "served_mb", "peak_mb")
 COLUMNS = (*ENVIRONMENT_COLUMNS, "method", "task", "edits", "offset", "seed", "T", "settings", *_FIGURES, *_COSTS)
 _HIDDEN = (*ENVIRONMENT_COLUMNS, "settings", "edits", "offset", "task", "seed")
+_FROM_FILE = ("model", "dtype", "device", "edits", "T", "task", "evaluate_at", "seed")
 _MB = 1e6
 
 
@@ -198,7 +199,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--results", type=Path, default=records.RESULTS, help="directory of lifelong.csv (bench/results)"
     )
     parser.add_argument("--no-plots", action="store_true", help="a report without pictures")
-    return parser.parse_args(arguments)
+    parser.add_argument("--config", type=Path, help="file of a `wise-fast run`; options given here come first")
+    parser.set_defaults(ours={})
+    options = parser.parse_args(arguments)
+    if options.config is not None:
+        file = read_run_file(options.config)
+        own = {name: file[name] for name in _FROM_FILE if name in file}
+        parser.set_defaults(**own, no_generate=not file.get("generate", True), ours=method_settings(file))
+        options = parser.parse_args(arguments)
+    return options
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -208,9 +217,11 @@ def _names(text: str) -> tuple[str, ...]:
     return names
 
 
-def settings_of(methods: Sequence[str], given: Sequence[str], seed: int) -> dict[str, dict]:
-    """Settings by method from "method.key=value"; the seed goes to every method that has one."""
-    found: dict[str, dict] = {name: {"seed": seed} if name in ("wise_fast", "wise") else {} for name in methods}
+def settings_of(methods: Sequence[str], given: Sequence[str], seed: int, ours: dict) -> dict[str, dict]:
+    """Settings by method from "method.key=value", on top of `ours`; the seed goes to every method that has one."""
+    found: dict[str, dict] = {name: dict(ours) if name == "wise_fast" else {} for name in methods}
+    for name in found.keys() & {"wise_fast", "wise"}:
+        found[name]["seed"] = seed
     for text in given:
         key, value = parse_setting(text)
         name, dot, setting = key.partition(".")
@@ -223,10 +234,10 @@ def settings_of(methods: Sequence[str], given: Sequence[str], seed: int) -> dict
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run, record, print the table of the last evaluations, and write the report."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = parse(arguments)
     try:
+        options = parse(arguments)
         points = None if options.evaluate_at is None else parse_points(options.evaluate_at)
-        settings = settings_of(options.methods, options.set, options.seed)
+        settings = settings_of(options.methods, options.set, options.seed, options.ours)
         run = RunSettings(task=options.task, evaluate_at=points, generate=not options.no_generate)
         edits = read_edits(options.edits, options.T, options.offset)
         if options.T is not None and len(edits) < options.T:

@@ -11,7 +11,7 @@ from bench.grace import Codebook
 from bench.methods import NAMES, digest, make_method, served
 from tests.edited import ELSEWHERE, FACTS, QUICK, TEXTS, logits, same, wide_model
 from tests.tiny import tiny_model, tiny_tokenizer
-from wise_fast import Edit, WiseEditor, metrics
+from wise_fast import Edit, WiseConfig, WiseEditor, metrics
 from wise_fast.errors import ConfigError, EditDataError
 
 PAPER_MARGINS = dict(alpha=0.2, beta=1.0, gamma=0.5)
@@ -276,6 +276,26 @@ class TestSideBySide:
             assert (points[-1]["routing"] is None) == (name == "ft-l")
             assert points[-1]["figures"]["perplexity_before"] == pytest.approx(rows[0]["perplexity_before"])
 
+    def test_a_file_of_a_run_gives_what_no_option_does(self, arguments, tmp_path):
+        file = tmp_path / "run.yaml"
+        said = ("T: 2", "seed: 3", "evaluate_at: [1]", "generate: false", "batch_size: 2", "settings: {lr: 1.5}")
+        file.write_text("\n".join(said))
+        lifelong.main([*arguments, "--methods", "wise_fast", "--config", str(file), "--set", "wise_fast.max_steps=2"])
+        header = json.loads((tmp_path / "out" / "wise_fast" / "run.json").read_text())
+        assert (header["T"], header["evaluate_at"], header["seed"], header["generate"]) == (3, [1, 3], 3, False)
+        config = header["config"]
+        assert (config["lr"], config["batch_size"], config["max_steps"], config["seed"]) == (1.5, 2, 2, 3)
+
+    @pytest.mark.parametrize("file", sorted((records.RESULTS.parent / "recipes").glob("*.yaml")), ids=lambda f: f.stem)
+    def test_recipes_are_runs(self, file):
+        options = lifelong.parse(["--config", str(file), "--out", "unused"])
+        settings = lifelong.settings_of(["wise_fast"], [], options.seed, options.ours)
+        config = WiseConfig.from_dict(settings["wise_fast"])
+        points = lifelong.parse_points(options.evaluate_at)
+        run = lifelong.RunSettings(task=options.task, evaluate_at=points, generate=not options.no_generate)
+        assert run.points(options.T)[-1] == options.T and str(options.T) in file.stem
+        assert config.mode == ("merge" if "merged" in file.stem else "retrieve")
+
     def test_a_directory_that_holds_things_is_left_alone(self, arguments, tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "thesis.txt").write_text("mine")
@@ -298,6 +318,7 @@ class TestSideBySide:
             (["--set", "rome.lr=1"], "expected METHOD.KEY=VALUE"),
             (["--set", "grace.radios=1"], "grace has no setting 'radios'"),
             (["--T", "9"], "only 3 edits"),
+            (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         ],
     )
     def test_mistakes_end_with_one_line_before_anything_runs(self, arguments, tmp_path, more, message):

@@ -12,7 +12,7 @@ import typer
 from wise_fast import display
 from wise_fast.commands import Device, Irrelevant, Json, Quiet, Seed, Verbose, command
 from wise_fast.errors import ConfigError
-from wise_fast.run_settings import RunSettings, parse_points, read_run_file
+from wise_fast.run_settings import RunSettings, method_settings, parse_points, read_run_file
 from wise_fast.settings import parse_setting
 from wise_fast.terminal import FAILED_EDITS, terminal
 
@@ -77,10 +77,9 @@ def run(
 
         header = claim(Path(values["out"]), resume)
         values = _begun(header) | values
-        changes = _given({name: file.get(name) for name in own}) | dict(map(parse_setting, settings or ()))
-        config_values = (header or {}).get("config") or {}
-        config_values = config_values | dict(file.get("settings") or {}) | changes | _given(own)
-        _run(it, values, config_values, resume)
+        begun = (header or {}).get("config") or {}
+        changes = method_settings(file) | dict(map(parse_setting, settings or ())) | _given(own)
+        _run(it, values, begun | changes, resume)
 
 
 def _given(options: Mapping) -> dict:

@@ -28,6 +28,7 @@ OPTIONS = (
     "dtype",
     "settings",
 )
+METHOD_OPTIONS = ("mode", "batch_size", "seed")  # settings of `WiseConfig` that are options of a run as well
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,12 @@ def read_run_file(file: Path) -> dict:
     if not isinstance(found.get("settings") or {}, Mapping):
         raise ConfigError(f"--config {file}: 'settings' is {found['settings']!r:.60}, expected settings by name")
     return {name: value for name, value in found.items() if value is not None}
+
+
+def method_settings(options: Mapping) -> dict:
+    """What a run's options say of `WiseConfig`: their `settings`, and those that have options of their own on top."""
+    own = {name: options[name] for name in METHOD_OPTIONS if options.get(name) is not None}
+    return dict(options.get("settings") or {}) | own
 
 
 def _whole(value: object) -> bool:
