@@ -5,6 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from tests.test_architectures import assert_unchanged, snapshot
 from tests.tiny import FAMILIES, HIDDEN, tiny_model, tiny_tokenizer
@@ -129,6 +130,7 @@ def test_what_sequences_share_is_not_indexed_by_sequence(lengths):
     model = tiny_model("gpt2")
     model.transformer.wpe = Positions(model.transformer.wpe)
     tail = Tail(model, find_architecture(model))
+    tail._read_axes = lambda capture: capture.axes  # nothing reads positions again: keep them all the same
     capture = tail.capture(*right_padded(lengths))
     rows = capture.rows(torch.arange(len(lengths)).flip(0))
     assert torch.equal(rows.tape["transformer.wpe"][0], capture.tape["transformer.wpe"][0])
@@ -148,6 +150,57 @@ def test_rows_are_what_capturing_them_gives(lengths, data):
     real = mask[rows].flatten().bool()
     for name in ("a", "main"):
         torch.testing.assert_close(getattr(some, name)[real], getattr(alone, name)[real], **TOLERANCE)
+
+
+def taped(capture):
+    """The modules of whose outputs the tape has more than NaN."""
+    return {
+        n for n, calls in capture.tape.items() if any(v is not None and not v.isnan().any() for v in tree_leaves(calls))
+    }
+
+
+class TestWhatATapeKeeps:
+    """Of what came before the projection, what a replay reads, and nothing else."""
+
+    READ = {
+        "llama": {"model.rotary_emb", "model.layers.1", "model.layers.2.self_attn"},
+        "gemma3": {"model.rotary_emb", "model.layers.1", "model.layers.2.post_attention_layernorm"},
+        "gpt2": {"transformer.h.1", "transformer.h.2.attn"},
+        "gptj": {"transformer.h.1", "transformer.h.2.attn"},
+    }
+
+    @pytest.mark.parametrize("family", READ)
+    def test_what_is_read(self, family):
+        tail = make_tail(family, 2)
+        capture = tail.capture(*right_padded(LENGTHS))
+        assert taped(capture) == self.READ[family] < capture.tape.keys()
+        for name in capture.tape.keys() - taped(capture):
+            for value in tree_leaves(capture.tape[name]):
+                assert value is None or (value.isnan().all() and value.untyped_storage().nbytes() < value.nbytes)
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_it_is_less_than_all(self, family):
+        tail, whole = make_tail(family), make_tail(family)
+        whole._read_axes = lambda capture: capture.axes
+        some, all_ = (t.capture(*right_padded(LENGTHS)) for t in (tail, whole))
+        assert some.tape.keys() == all_.tape.keys() and some.size < 0.7 * all_.size
+
+    @pytest.mark.parametrize("reads", ["without a gradient", "by writing into it"])
+    def test_all_where_it_cannot_be_told(self, reads, monkeypatch):
+        tail = make_tail("llama", 2)
+        mlp = tail.model.model.layers[2].mlp
+
+        def detached(x):
+            gate = mlp.gate_proj(x)
+            return mlp.down_proj(mlp.act_fn(gate) * mlp.up_proj(x)) + gate.detach()[..., :HIDDEN]
+
+        def written(x):
+            return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)).mul_(mlp.up_proj(x)))
+
+        monkeypatch.setattr(mlp, "forward", detached if reads == "without a gradient" else written)
+        capture = tail.capture(*right_padded(LENGTHS))
+        assert taped(capture) == capture.tape.keys()
+        compare(tail, capture.rows(torch.tensor([2, 0])))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -83,8 +83,10 @@ class SideMemory:
         return cls(layout, values.to(device), index.to(device), (d_out, d_ff))
 
     def select(self, a: Tensor) -> Tensor:
-        """The part of activations that the memory reads, fp32: [N, K] (neuron) or [N, d_ff] (element)."""
-        return (a[:, self.index] if self.layout == "neuron" else a).float()
+        """The part of activations that the memory reads, fp32: [N, K] (neuron) or [N, d_ff] (element). Where that is
+        all of them, fp32 ones are not copied."""
+        part = self.layout == "neuron" and len(self.index) < self.shape[1]
+        return (a[:, self.index] if part else a).float()
 
     def spread(self, selected: Tensor) -> float:
         """Root of a prompt's mean leverage, activations from `select`: what its score is measured by."""

@@ -103,6 +103,12 @@ class Group:
         self.likely: Likely | None = None
         self.head: tuple[Tensor, Tensor | None] | None = None
 
+    @property
+    def size(self) -> int:
+        """Bytes of what is held of its tokens."""
+        own = [t for t in (self.selected, self.features, self.before) if t is not self.capture.a]
+        return self.capture.size + sum(t.numel() * t.element_size() for t in own)
+
     def begin(self, places: Sequence[int], memory: SideMemory, p: Tensor | None) -> None:
         """Take what the memory holds, and what it protects, for the state from which steps train these rows."""
         tokens = self.tokens(places)
@@ -220,9 +226,8 @@ class Rows:
 
     @property
     def size(self) -> int:
-        """Bytes of what the groups hold of their tokens, less what passes through the other layers."""
-        held = (t for g in self.groups for t in (g.selected, g.features, g.before, g.capture.a, g.capture.main))
-        return sum(t.numel() * t.element_size() for t in held)
+        """Bytes of what the groups hold of their tokens."""
+        return sum(group.size for group in self.groups)
 
     def split(self, numbers: Sequence[int]) -> list[tuple[Group, list[int]]]:
         """These rows by group, as (group, places in it); groups that have none are left out."""

@@ -1,10 +1,10 @@
 """Tail replay: run what lies before the edited projection once, and what lies after it at every step.
 
 `Tail.capture` runs the model's own forward until the projection is reached, keeps what each frozen module before it
-returned, and stops there. `Tail.replay` runs the same forward again, but every such module answers from the tape, the
-projection returns the tensor it is given, and the last layer's FFN and the LM head see label positions only. No FFN
-but the edited layer's sees padding. The model's own code does the rest (masks, residuals, later layers, final norm,
-soft-capping), so no architecture needs a tail of its own.
+returned, as far as anything behind it reads that, and stops there. `Tail.replay` runs the same forward again, but every
+such module answers from the tape, the projection returns the tensor it is given, and the last layer's FFN and the LM
+head see label positions only. No FFN but the edited layer's sees padding. The model's own code does the rest (masks,
+residuals, later layers, final norm, soft-capping), so no architecture needs a tail of its own.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from wise_fast import place
 from wise_fast.architectures import Architecture, evaluating
-from wise_fast.axes import SHAPES, Axis, axes_of, pick
+from wise_fast.axes import SHAPES, Axis, axes_of, differentiable, kept, pick, read_of
 from wise_fast.gradients import with_rows
 
 Axes = dict[str, list[list[Axis]]]
@@ -37,7 +38,7 @@ class Capture:
         input_ids, attention_mask: [B, T], right-padded.
         a: [B*T, d_ff], the projection's input.
         main: [B*T, d_out], the frozen projection's output.
-        tape: per module name, the outputs of its calls in order.
+        tape: per module name, the outputs of its calls in order; NaN where no replay reads them.
         axes: per module name, call and tensor therein, where its sequences are (see `Tail.axes`).
         shape: shape in which the model hands activations to the projection, less its last dimension.
     """
@@ -49,6 +50,12 @@ class Capture:
     tape: dict[str, list]
     axes: Axes
     shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its activations."""
+        taped = [value for value in tree_leaves(self.tape) if isinstance(value, Tensor)]
+        return sum(tensor.untyped_storage().nbytes() for tensor in (self.a, self.main, *taped))
 
     def rows(self, index: Tensor, width: int | None = None) -> Capture:
         """The same for a subset of the batch's sequences, less the padding they share.
@@ -111,22 +118,51 @@ class Tail:
     @torch.no_grad()
     def capture(self, input_ids: Tensor, attention_mask: Tensor) -> Capture:
         """Run the frozen part once. Both arguments are [B, T]; rows are padded on the right."""
-        a, tape = self._record(input_ids, attention_mask)
+        return self._capture(input_ids, attention_mask, self.axes)
+
+    def _capture(self, input_ids: Tensor, attention_mask: Tensor, axes: Axes) -> Capture:
+        """By these axes; of modules that they do not name all is kept."""
+        a, tape = self._record(input_ids, attention_mask, axes)
         base = getattr(self._projection(), "base_layer", self._projection())
         flat = a.reshape(-1, a.shape[-1])
         whole = place.whole(flat, self.architecture.d_ff, base)
-        return Capture(input_ids, attention_mask, whole, base(flat), tape, self.axes, tuple(a.shape[:-1]))
+        return Capture(input_ids, attention_mask, whole, base(flat), tape, axes, tuple(a.shape[:-1]))
 
     @functools.cached_property
     def axes(self) -> Axes:
-        """Where the sequences and their tokens are in every taped tensor."""
+        """Where the sequences and their tokens are in every taped tensor, and whether a replay reads it."""
         device = place.device_of(self.model.get_input_embeddings())
-        first, second = (torch.zeros(size, dtype=torch.long, device=device) for size in SHAPES)
-        with torch.no_grad():
-            (_, one), (_, two) = (self._record(ids, torch.ones_like(ids)) for ids in (first, second))
-        return {name: [axes_of(*pair) for pair in zip(calls, two[name], strict=True)] for name, calls in one.items()}
+        with torch.inference_mode(False), torch.no_grad():
+            first, second = (torch.zeros(size, dtype=torch.long, device=device) for size in SHAPES)
+            one, two = (self._capture(ids, torch.ones_like(ids), {}) for ids in (first, second))
+            calls = {name: zip(made, two.tape[name], strict=True) for name, made in one.tape.items()}
+            axes = {name: [axes_of(*pair) for pair in pairs] for name, pairs in calls.items()}
+            return self._read_axes(replace(one, axes=axes))
 
-    def _record(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, dict[str, list]]:
+    def _read_axes(self, capture: Capture) -> Axes:
+        """The capture's axes, with what a replay of it reads: what has a gradient, if without the rest it is the same.
+        Where that cannot be told, all of it."""
+        tape = {name: [differentiable(call) for call in calls] for name, calls in capture.tape.items()}
+        leaves = [value for value in tree_leaves(tape) if isinstance(value, Tensor) and value.requires_grad]
+
+        def states(tape: dict[str, list]) -> Tensor:
+            places = torch.arange(len(capture.main), device=capture.main.device)
+            return self._states(replace(capture, tape=tape), capture.main, places)
+
+        axes, less = {}, {}
+        try:
+            with torch.enable_grad():
+                gradients = torch.autograd.grad(states(tape).sum(), leaves, allow_unused=True)
+            read = {id(leaf) for leaf, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
+            for name, calls in tape.items():
+                axes[name] = [read_of(*call, read) for call in zip(calls, capture.axes[name], strict=True)]
+                less[name] = [kept(*call) for call in zip(calls, axes[name], strict=True)]
+            same = torch.equal(states(less), states(capture.tape))
+        except Exception:  # of any model's code: no gradient is to be had, or it writes into what it is given
+            same = False
+        return axes if same else capture.axes
+
+    def _record(self, input_ids: Tensor, attention_mask: Tensor, axes: Axes) -> tuple[Tensor, dict[str, list]]:
         """The projection's input and the tape."""
         tape: dict[str, list] = {}
         found: list[Tensor] = []
@@ -134,11 +170,12 @@ class Tail:
             stack.enter_context(self.evaluating())
             self._skip_padding(stack, self.architecture.ffns[: self.architecture.layer], attention_mask)
             for name, module in self._upstream():
-                stack.enter_context(_forward(module, self._recorder(name, module.forward, tape)))
+                tape[name] = []
+                stack.enter_context(_forward(module, _recorder(module.forward, tape[name], axes.get(name))))
             stack.enter_context(_forward(self._projection(), _stop_at(found)))
             stack.enter_context(suppress(_Reached))
             self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        return found[0], tape
+        return found[0], {name: calls for name, calls in tape.items() if calls}
 
     @property
     def head_is_plain(self) -> bool:
@@ -169,16 +206,20 @@ class Tail:
 
         A large head costs its reading, however few the positions are.
         """
-        module, states = self.model.get_submodule(self.architecture.head), []
-        for part in parts[:-1]:
-            with self._replaying(*part) as stack:
-                stack.enter_context(_forward(module, _stop_at(states)))
-                stack.enter_context(suppress(_Reached))
-                self._run(part[0])
+        module, states = self.model.get_submodule(self.architecture.head), [self._states(*part) for part in parts[:-1]]
         with self._replaying(*parts[-1]) as stack:
             forward = module.forward if head is None else lambda h: nn.functional.linear(h, *head)
             stack.enter_context(_forward(module, lambda h: forward(torch.cat([*states, h], 1))))
             return self._run(parts[-1][0]).logits[0]
+
+    def _states(self, capture: Capture, y: Tensor, positions: Tensor) -> Tensor:
+        """[1, M, d], what the LM head is given."""
+        found: list[Tensor] = []
+        with self._replaying(capture, y, positions) as stack:
+            stack.enter_context(_forward(self.model.get_submodule(self.architecture.head), _stop_at(found)))
+            stack.enter_context(suppress(_Reached))
+            self._run(capture)
+        return found[0]
 
     @contextmanager
     def _replaying(self, capture: Capture, y: Tensor, positions: Tensor) -> Iterator[ExitStack]:
@@ -244,22 +285,16 @@ class Tail:
                     seen.add(module)
                     yield f"{ancestor}.{child}".lstrip("."), module
 
-    def _recorder(self, name: str, forward: Callable, tape: dict[str, list]) -> Callable:
-        layers = self.architecture.layers
-        # Only the last frozen layer's output is read again; the ones before it may answer with their input.
-        relay = name in layers and layers.index(name) < self.architecture.layer - 1
 
-        def record(*args, **kwargs):
-            output = forward(*args, **kwargs)
-            tape.setdefault(name, []).append(_emptied(output) if relay else output)
-            return output
+def _recorder(forward: Callable, calls: list, axes: list[list[Axis]] | None) -> Callable:
+    """Adds to `calls` what a tape keeps of each call."""
 
-        return record
+    def record(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        calls.append(output if axes is None else kept(output, axes[len(calls)]))
+        return output
 
-
-def _emptied(output):
-    """The same structure without the hidden states' tokens."""
-    return (output[0][:, :0], *output[1:]) if isinstance(output, tuple) else output[:, :0]
+    return record
 
 
 def _player(calls: list, forward: Callable) -> Callable:
