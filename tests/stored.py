@@ -30,7 +30,7 @@ MODES = {
     "one": {},
     "retrieve": dict(shard_size=2, route_by="score"),
     "leverage": dict(shard_size=2),
-    "merge": dict(shard_size=1, shards=2, mode="merge"),
+    "merge": dict(shard_size=1, shards=2, mode="merge", merging="ties"),
 }
 
 

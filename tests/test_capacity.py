@@ -158,7 +158,7 @@ def test_what_cannot_be_reserved():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_room_for_memories_that_ties_merges(layout):
     """What was merged takes up to all columns, whatever share of them each shard has."""
-    changes = dict(layout=layout, mode="merge", shards=2, shard_size=1, batch_size=1, mask_ratio=0.3)
+    changes = dict(layout=layout, mode="merge", merging="ties", shards=2, shard_size=1, batch_size=1, mask_ratio=0.3)
     editor = make_editor(**changes)
     editor.reserve(memories=3)
     place = editor.projection.values.data_ptr()

@@ -19,9 +19,9 @@ NEXT = Edit("My cat eats", "fish")
 KINDS = {
     "open": dict(near=1),
     "retrieve": dict(shard_size=2, batch_size=2),
-    "merge": dict(shard_size=1, batch_size=1, mode="merge", shards=2),
+    "merge": dict(shard_size=1, batch_size=1, mode="merge", shards=2, merging="ties"),
     "regmean": dict(shard_size=1, batch_size=1, mode="merge", shards=2, merging="regmean", mask_ratio=1.0),
-    "waiting": dict(shard_size=3, batch_size=3, mode="merge", shards=2),
+    "waiting": dict(shard_size=3, batch_size=3, mode="merge", shards=2, merging="ties"),
     "element": dict(layout="element", shard_size=2, batch_size=2),
     "unprotected": dict(protect=False),
 }

@@ -97,7 +97,15 @@ def test_every_setting_is_described():
 def test_merging_needs_to_know_when():
     with pytest.raises(ConfigError, match="shard_size"):
         WiseConfig(mode="merge", shard_size=None)
-    assert WiseConfig(mode="merge").mode == "merge"
+    assert WiseConfig(mode="merge").merging == "regmean"
+
+
+@pytest.mark.parametrize("setting", [{"layout": "element"}, {"protect": False}, {"mask_ratio": 0.2}])
+def test_merging_by_covariances_needs_them(setting):
+    with pytest.raises(ConfigError, match="mask_ratio .*; or set merging 'ties'"):
+        WiseConfig(mode="merge", **setting)
+    assert WiseConfig(**setting).mode == "retrieve"
+    assert WiseConfig(mode="merge", merging="ties", **setting).merging == "ties"
 
 
 def test_a_config_does_not_change_and_replace_checks_too():
@@ -131,6 +139,6 @@ def test_the_papers_values():
     assert (paper.max_steps, paper.momentum, paper.weight_decay, paper.clamp) == (70, 0.0, 0.0, None)
     assert (paper.prefixes, paper.prefixes_per_step, paper.prefix_tokens, paper.shards) == (10, 10, 10, 2)
     assert (paper.nll, paper.protect, paper.route_by, paper.batch_size, paper.stop) == (0.0, False, "score", 1, "none")
-    assert WiseConfig.paper(mode="merge", shard_size=4).density == paper.density
+    assert WiseConfig.paper(mode="merge", shard_size=4).merging == "ties"
     with pytest.raises(ConfigError):
         WiseConfig.paper(lr=-1)

@@ -28,7 +28,7 @@ STREAM = [*EDITS, Edit("River of Milan:", "J"), Edit("River of Kiel:", "K", irre
 SIZE, COUNT = 3, 4  # a batch that ends with its shard, and a last shard that is not full
 MODES = {
     "retrieve": {"mode": "retrieve"},
-    "merge": {"mode": "merge"},
+    "merge": {"mode": "merge", "merging": "ties"},
     "regmean": {"mode": "merge", "merging": "regmean", "mask_ratio": 1.0},
     "rehearsed": {"mode": "merge", "merging": "regmean", "mask_ratio": 1.0, "rehearsals": 2},
 }
@@ -148,7 +148,7 @@ def test_a_pack_is_loaded_and_answers(files, alone):
 
 
 def test_failed_and_killed_ranks_leave_what_the_next_run_takes_up(files, alone, tmp_path):
-    options = [*files[1], "--mode", "merge", "--out", tmp_path / "two", "--json"]
+    options = [*files[1], "--mode", "merge", "--set", "merging=ties", "--out", tmp_path / "two", "--json"]
     code, _, told = torchrun({"rank": 1, "shard": 1, "how": "raise"}, *options)
     cause = "rank 1 failed at shard 2 of 4, edits 4 to 6: MemoryError: no room for a matrix; finished shards are kept"
     assert code and f"RankError: {cause}" in told and "000002" not in finished(tmp_path / "two")
@@ -190,7 +190,7 @@ class TestAgain:
         before = memories(out)
         victim = next((out / SHARDS / "000003").glob("*/state.safetensors"))
         victim.write_bytes(victim.read_bytes()[:-4])
-        printed = self.run(0, *files[1], "--mode", "merge", "--out", out, "--json")
+        printed = self.run(0, *files[1], "--mode", "merge", "--set", "merging=ties", "--out", out, "--json")
         assert '"taken_up": 4' in printed and memories(out) == before
 
     @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ class TestResume:
             (SETTINGS, {"batch_size": 3}, "batch_size"),
             (SETTINGS, {"lr": 3.0}, "lr"),
             (SETTINGS, {"seed": 5}, "seed"),
-            (SETTINGS, {"mode": "merge"}, "mode"),
+            (SETTINGS, {"mode": "merge", "merging": "ties"}, "mode"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )

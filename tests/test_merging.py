@@ -108,7 +108,7 @@ class TestClosing:
         assert state.closed == () and state.merges == 0
 
     def test_merge_waits_for_its_group(self):
-        config = make_editor(mode="merge", shards=2, shard_size=2).config
+        config = make_editor(mode="merge", merging="ties", shards=2, shard_size=2).config
         waiting = close_shard(self.state(), config)
         assert waiting.merged == () and len(waiting.closed) == 1 and waiting.merges == 0
         merged = close_shard(self.state(closed=waiting.closed), config)
@@ -138,7 +138,8 @@ class TestEditorShards:
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_merge_mode_merges_every_group(self, layout):
         """As soon as its last shard is full, not when the next one opens."""
-        editor = make_editor(FACTS[:3], shard_size=1, mode="merge", shards=2, density=1.0, layout=layout)
+        settings = dict(shard_size=1, mode="merge", merging="ties", shards=2, density=1.0)
+        editor = make_editor(FACTS[:3], layout=layout, **settings)
         assert [m.edits for m in editor.memories] == [(0, 1), (2,)] and editor._state.merges == 1
         assert editor._state.shard is None
         state = editor._state

@@ -226,7 +226,7 @@ def test_without_asking_for_subjects_nothing_is_kept():
     assert not WiseConfig.paper().by_subject
 
 
-@pytest.mark.parametrize("settings", [{}, {"merging": "regmean", "mask_ratio": 1.0, "shards": 2}])
+@pytest.mark.parametrize("settings", [{"merging": "ties"}, {"merging": "regmean", "mask_ratio": 1.0, "shards": 2}])
 def test_merged_memories_know_all_names(settings):
     edits = (LEADS, Edit("Capital of Zed:", "Bo"))
     editor = make_editor(edits, mode="merge", shard_size=1, batch_size=1, **settings)

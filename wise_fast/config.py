@@ -67,8 +67,8 @@ class WiseConfig:
             None, one shard takes everything.
         shards: shards that are merged into one memory (mode "merge").
         mode: "retrieve" keeps a bank of memories, "merge" merges them.
-        merging: "ties" (the paper's), or "regmean", weighted by the covariances of what was taught (protected memories
-            of all columns only).
+        merging: "regmean", weighted by the covariances of what was taught (protected memories of all columns only), or
+            "ties" (the paper's), which keeps far less of what each shard answered.
         rehearsals: passes in which the edits of a shard that is full, or of memories that were merged by covariances
             (each time all that it holds by then), are learned once more, all together (`wise_fast.rehearsal`; protected
             memories only): up to 16 in a step, whatever `batch_size` is, and one augmented prompt of each. Twice or
@@ -130,7 +130,7 @@ class WiseConfig:
     shard_fill: float | None = 0.4
     shards: int = 2
     mode: str = "retrieve"
-    merging: str = "ties"
+    merging: str = "regmean"
     rehearsals: int = 0
     last_dropout: float = 0.5
     density: float = 0.5
@@ -173,9 +173,11 @@ class WiseConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected true or false")
         if self.mode == "merge" and self.shard_size is None:
             raise ConfigError("mode 'merge' needs shard_size: after how many edits a shard closes")
-        if self.merging == "regmean" and (self.layout != "neuron" or not self.protect or self.mask_ratio < 1):
+        whole = self.layout == "neuron" and self.protect and self.mask_ratio == 1
+        if (self.mode, self.merging) == ("merge", "regmean") and not whole:
             given = f"layout {self.layout!r}, protect {self.protect}, mask_ratio {self.mask_ratio}"
-            raise ConfigError(f"merging 'regmean' needs layout 'neuron', protect and mask_ratio 1; given: {given}")
+            needed = "merging 'regmean' needs layout 'neuron', protect and mask_ratio 1"
+            raise ConfigError(f"{needed}; given: {given}; or set merging 'ties'")
 
     def _require(self, name: str, holds, expected: str) -> None:
         value = getattr(self, name)
@@ -216,6 +218,7 @@ class WiseConfig:
             last_dropout=0.0,
             protect=False,
             by_subject=False,
+            merging="ties",
             route_by="score",
             stop="none",
             batch_size=1,
