@@ -9,6 +9,10 @@ quality = Rows("quality.csv", "54e06e1")
 before = Rows("quality.csv", RUN)  # of memories that the last token has no say in
 lifelong = Rows("lifelong.csv", "54e06e1+dirty")(method="wise_fast")
 rehearsed = Rows("lifelong.csv", "d6d80fc")(method="wise_fast")
+merged = Rows("lifelong.csv", "1db216d")(task="qa", T=300)
+ties = Rows("lifelong.csv", "a948f75")(settings='*"merging":"ties"*', T=300)
+passages = Rows("lifelong.csv", "1db216d")(task="hallucination", T=100)
+temporal = Rows("lifelong.csv", "1cc0eda")(task="temporal", T=40)
 editing = Rows("editing.csv", RUN)
 memory = Rows("memory.csv", RUN)(metric="load and one edit: peak above the loaded model")
 storage = Rows("storage.csv", RUN)(case="50 edits")
@@ -25,6 +29,7 @@ ablation = Rows("ablation.csv", "e21404d")
 alone, batches = editing(case="ours, one at a time"), editing(case="ours, batches of 8")
 baseline = editing(case="baseline, extrapolated: *", metric="time per edit")
 SPEEDUP, TIME = "speed-up over the baseline", "time per edit"
+QUESTIONS = "{run.reliability:.3s} | {run.generalization:.3s} | | "
 SCORES = "{run.reliability:.3s} | {run.generalization:.3s} | {run.locality:.3s}"
 
 PARTS = (
@@ -143,6 +148,12 @@ def lasted(commit: str, more: str = "") -> Line:
     cells += " | {run.threads:.0f}"
     run = Rows("lifelong.csv", commit)(method="wise_fast", T=500)
     return line(f"| {{run.commit}}{more} | {cells} | {{run.device}} |", run=run)
+
+
+def recorded(recipe: str, scores: str, rows: Rows) -> Line:
+    """A run of `bench/recipes`; `scores` are its cells of quality but for locality."""
+    costs = "{run.seconds_per_edit:.2f} | {run.memories:.0f} | {run.served_mb:.0f} | {run.peak_mb:.0f} | {run.commit}"
+    return line(f"| {recipe} | {scores} | {{run.locality:.3s}} | {costs} |", run=rows)
 
 
 def compared(text: str, method: str, edits: int, last: bool = True) -> Line:
@@ -267,6 +278,15 @@ CPU = {
         lasted("c840cb2", ", `rehearsals=10`, `wave=8`"),
         lasted("d6d80fc", ", `rehearsals=14`, `wave=8`"),
         lasted("63eb504", ", `rehearsals=14`, `wave=8`"),
+    ),
+    "recipes": Table(
+        "| a run of `bench/recipes/` | Rel | Gen | OOD | perplexity of the targets | Loc | s an edit (median) | memories "
+        "| MB served | peak MB | commit |",
+        recorded("`zsre_500`: questions, a bank of memories", QUESTIONS, rehearsed(T=500)),
+        recorded("`zsre_300_merged`: questions served from one memory", QUESTIONS, merged),
+        recorded("the same, merged by TIES", QUESTIONS, ties),
+        recorded("`hallucination_100`: sentences that follow a passage", " | | | {run.perplexity:.3f}", passages),
+        recorded("`temporal_40`: passages on new entities", "{run.reliability:.3s} | | {run.ood:.3s} | ", temporal),
     ),
     "methods": Table(
         "| | Rel | Gen | Loc | perplexity of held-out passages | s an edit | MB served | peak MB |",
