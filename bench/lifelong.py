@@ -74,10 +74,11 @@ def run_method(plan: Plan, method: Method, out: Path) -> list[dict]:
     memory.reset_peak()
     with Journal(out / "journal.jsonl") as journal, Journal(out / "evaluations.jsonl") as evaluations:
         for number, (first, end) in enumerate(batches(len(plan.edits), size, plan.points), start=1):
-            start = time.perf_counter()
+            start, before = time.perf_counter(), list(method.edits)
             reports = method.edit(plan.edits[first:end])
             seconds = time.perf_counter() - start
-            line = {"batch": number, "first": first, "reports": [r.to_dict() for r in reports], "seconds": seconds}
+            line = {"batch": number, "first": first, **recorded.reported(reports, before, method.edits)}
+            line["seconds"] = seconds
             line |= {"rss": memory.peak(), "served": served(method), "memories": method.count, "digest": digest(method)}
             journal.append(line)
             if end in plan.points:

@@ -280,8 +280,8 @@ CPU = {
         lasted("63eb504", ", `rehearsals=14`, `wave=8`"),
     ),
     "recipes": Table(
-        "| a run of `bench/recipes/` | Rel | Gen | OOD | perplexity of the targets | Loc | s an edit (median) | memories "
-        "| MB served | peak MB | commit |",
+        "| a run of `bench/recipes/` | Rel | Gen | OOD | perplexity of the targets | Loc | s an edit (median) "
+        "| memories | MB served | peak MB | commit |",
         recorded("`zsre_500`: questions, a bank of memories", QUESTIONS, rehearsed(T=500)),
         recorded("`zsre_300_merged`: questions served from one memory", QUESTIONS, merged),
         recorded("the same, merged by TIES", QUESTIONS, ties),

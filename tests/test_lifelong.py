@@ -11,9 +11,9 @@ from tests.edited import make_editor
 from tests.killed import CONFIG, EDITS, SETTINGS, shallow_model
 from tests.running import lines, new_editor, new_run
 from tests.tiny import tiny_tokenizer
-from wise_fast import Edit, WiseEditor
+from wise_fast import Edit, WiseEditor, recorded
 from wise_fast.errors import ConfigError, EditDataError, StorageError
-from wise_fast.journal import Journal
+from wise_fast.journal import Journal, jsonable
 from wise_fast.lifelong import Run, RunSettings, Watcher
 
 pytestmark = pytest.mark.usefixtures("little_to_read")
@@ -75,6 +75,24 @@ class TestWhatIsWritten:
         assert all(line["seconds"] > 0 and line["rss"] > 2**20 and line["served"] > 0 for line in found)
         assert found[-1]["memories"] == 3 and found[-1]["digest"] == finished[1].digest
 
+    def test_the_latest_reports(self, tmp_path):
+        """Of edits that were superseded or rehearsed in a later batch than their own, too."""
+        run = new_run(tmp_path / "run", RunSettings(generate=False, evaluate_at=(10,)))
+        run.run()
+        first = [r for line in lines(tmp_path / "run") for r in line["reports"]]
+        latest, now = recorded.read_run(tmp_path / "run").reports, [r.to_dict() for r in run.method.edits]
+        assert jsonable(now) == latest != first
+        assert [r["edit"] for r in latest] == [r["edit"] for r in first]
+        assert any(r["note"].startswith("superseded") for r in latest) and any(
+            old["steps"] < new["steps"] for old, new in zip(first, latest, strict=True)
+        )
+
+    def test_a_damaged_line_leaves_the_reports_of_others(self):
+        reports = []
+        recorded.take(reports, {"reports": ["a"], "again": {"3": "x"}})
+        recorded.take(reports, {"reports": ["b"], "again": {"0": "c"}})
+        assert reports == ["c", "b"]
+
     def test_evaluations(self, finished):
         out, summary = finished
         found = lines(out, "evaluations.jsonl")
@@ -88,8 +106,9 @@ class TestWhatIsWritten:
 
     def test_summary(self, finished):
         out, summary = finished
-        reports = [r for line in lines(out) for r in line["reports"]]
-        assert summary.edits == 10 and summary.failed == sum(not r["success"] for r in reports)
+        reports = recorded.read_run(out).reports
+        held = [r["success"] or r["note"].startswith("superseded") for r in reports]
+        assert summary.edits == 10 and summary.failed == held.count(False)
         assert sorted(os.listdir(out / "checkpoints")) == ["000005", "000006"]
 
     def test_nothing_is_told_before_it_is_on_the_disk(self, tmp_path):

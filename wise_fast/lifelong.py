@@ -61,8 +61,8 @@ class RunSummary:
     """What a finished run has in its directory.
 
     Attributes:
-        edits, failed: how many edits were given, and how many of them do not hold right after being learned
-            (superseded ones aside).
+        edits, failed: how many edits were given, and how many of them do not hold by their latest report (superseded
+            ones aside).
         seconds: spent editing, in all sessions.
         digest: of the final state; None of a method without one.
         evaluations: per evaluation point `t` and `figures`.
@@ -132,7 +132,8 @@ class Run:
         self._plan = list(batches(self.T, header["batch_size"], self.points))
         self._digests: list[str | None] = []
         self._figures: dict[int, dict] = {}
-        self._failed, self._seconds = 0, 0.0
+        self._reports: list[dict] = []
+        self._seconds = 0.0
         self._held_out: float | None = None
         self._at = 0  # batches that the method's state has behind it
 
@@ -185,12 +186,13 @@ class Run:
                 self._leave()
                 raise
         evaluations = tuple({"t": t, "figures": self._figures[t]} for t in self.points)
-        return RunSummary(self.T, self._failed, self._seconds, self._digests[-1], evaluations)
+        failed = sum(not r["success"] and not r["note"].startswith("superseded") for r in self._reports)
+        return RunSummary(self.T, failed, self._seconds, self._digests[-1], evaluations)
 
     def _batch(self, number: int, watcher: Watcher) -> None:
         """Learn a batch and write it down, or check it against what is written of it."""
         first, end = self._plan[number]
-        start = time.perf_counter()
+        start, before = time.perf_counter(), self.method.edits
         reports = self.method.edit(self.edits[first:end])
         digest = self._digester.digest(self.method.state) if self._stateful else None
         if number < len(self._digests):
@@ -199,7 +201,7 @@ class Run:
             line = {
                 "batch": number + 1,
                 "first": first,
-                "reports": [report.to_dict() for report in reports],
+                **recorded.reported(reports, before, self.method.edits),
                 "seconds": time.perf_counter() - start,
                 "rss": gauges.peak_bytes(),
                 **gauges.served(self.method),
@@ -217,7 +219,7 @@ class Run:
         """Take a line of the journal into the run's totals."""
         self._digests.append(line["digest"])
         self._seconds += line["seconds"]
-        self._failed += sum(not r["success"] and not r["note"].startswith("superseded") for r in line["reports"])
+        recorded.take(self._reports, line)
 
     def _evaluate(self, t: int, watcher: Watcher) -> None:
         """Score all edits so far that a later one does not supersede, if it is time and was not done before."""
@@ -253,7 +255,7 @@ class Run:
 
     def _read(self) -> None:
         """Take note of what the journals hold."""
-        self._digests, self._figures, self._failed, self._seconds = [], {}, 0, 0.0
+        self._digests, self._figures, self._reports, self._seconds = [], {}, [], 0.0
         for number, line in enumerate(read_journal(self.out / JOURNAL)):
             first = self._plan[number][0] if number < len(self._plan) else None
             if line.get("batch") != number + 1 or line.get("first") != first:

@@ -42,8 +42,11 @@ class Run:
 
     @property
     def reports(self) -> list[Mapping[str, Any]]:
-        """Reports of all acknowledged edits, in order."""
-        return [report for batch in self.batches for report in batch.get("reports") or ()]
+        """The latest report of every acknowledged edit, in order."""
+        found: list[Mapping[str, Any]] = []
+        for batch in self.batches:
+            take(found, batch)
+        return found
 
     @property
     def last(self) -> Mapping[str, Any] | None:
@@ -73,6 +76,21 @@ class Run:
                 found += [(done + 1 + i, wall / count) for i in range(count)]
             done += count
         return found
+
+
+def reported(reports: Sequence, before: Sequence, now: Sequence) -> dict[str, Any]:
+    """What a batch's line in the journal says: the `EditReport`s of its edits, and those of earlier edits that are
+    others `now` than `before` it, since they were rehearsed or superseded, by their place."""
+    again = {str(place): new.to_dict() for place, (old, new) in enumerate(zip(before, now)) if new != old}
+    return {"reports": [report.to_dict() for report in reports]} | ({"again": again} if again else {})
+
+
+def take(reports: list[Mapping[str, Any]], line: Mapping[str, Any]) -> None:
+    """Bring the latest reports of all edits up to this line of the journal."""
+    for place, report in (line.get("again") or {}).items():
+        if int(place) < len(reports):  # less if a line before was damaged
+            reports[int(place)] = report
+    reports += line.get("reports") or ()
 
 
 def number(value: Any) -> float | None:
