@@ -29,7 +29,7 @@ from wise_fast.journal import Journal
 from wise_fast.models import load_model
 from wise_fast.report import write_report
 from wise_fast.routing_scores import sample_prompts
-from wise_fast.run_settings import RunSettings, batches, method_settings, parse_points, read_run_file
+from wise_fast.run_settings import OPTIONS, RunSettings, batches, method_settings, parse_points, read_run_file
 from wise_fast.settings import parse_setting
 from wise_fast.tasks import TASKS, general_ability
 
@@ -40,7 +40,7 @@ _FIGURES = (
 _COSTS = ("seconds_per_edit", "edit_seconds", "successes", "memories", "served_mb", "peak_mb")
 COLUMNS = (*ENVIRONMENT_COLUMNS, "method", "task", "edits", "offset", "seed", "T", "settings", *_FIGURES, *_COSTS)
 _HIDDEN = (*ENVIRONMENT_COLUMNS, "settings", "edits", "offset", "task", "seed")
-_FROM_FILE = ("model", "dtype", "device", "edits", "T", "task", "evaluate_at", "seed")
+_FROM_FILE = tuple(name for name in OPTIONS if name not in ("mode", "batch_size", "settings", "checkpoint_every"))
 _MB = 1e6
 
 
@@ -190,12 +190,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--methods", type=_names, default=NAMES, help=f"of {','.join(NAMES)}, in this order")
     parser.add_argument("--task", choices=tuple(TASKS), default="qa")
     parser.add_argument("--evaluate-at", help="such as 1,10,50 (default: 1,10,100,300,1000,... and the end)")
-    parser.add_argument("--no-generate", action="store_true", help="teacher-forced scores only")
+    parser.add_argument("--irrelevant", type=Path, help="partner file: the edits' texts for the margin loss")
+    generate = argparse.BooleanOptionalAction
+    parser.add_argument("--generate", action=generate, default=True, help="also by free generation, where tasks do")
     parser.add_argument("--seed", type=int, default=0, help="of every method that draws (%(default)s)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="METHOD.KEY=VALUE", help="such as wise.steps=20, repeatable"
     )
-    parser.add_argument("--out", type=Path, required=True, help="new directory for the runs and the report")
+    parser.add_argument("--out", type=Path, help="new directory for the runs and the report")
     parser.add_argument(
         "--results", type=Path, default=records.RESULTS, help="directory of lifelong.csv (bench/results)"
     )
@@ -205,9 +207,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.config is not None:
         file = read_run_file(options.config)
+        ours = method_settings(file)
         own = {name: file[name] for name in _FROM_FILE if name in file}
-        parser.set_defaults(**own, no_generate=not file.get("generate", True), ours=method_settings(file))
+        parser.set_defaults(**{"seed": ours.get("seed", options.seed)} | own, ours=ours)
         options = parser.parse_args(arguments)
+    if options.out is None:
+        parser.error("--out is missing: a new directory for the runs and the report")
     return options
 
 
@@ -239,10 +244,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options = parse(arguments)
         points = None if options.evaluate_at is None else parse_points(options.evaluate_at)
         settings = settings_of(options.methods, options.set, options.seed, options.ours)
-        run = RunSettings(task=options.task, evaluate_at=points, generate=not options.no_generate)
-        edits = read_edits(options.edits, options.T, options.offset)
-        if options.T is not None and len(edits) < options.T:
-            raise ConfigError(f"--T is {options.T}, but only {len(edits)} edits are there; give more or a smaller --T")
+        run = RunSettings(task=options.task, T=options.T, evaluate_at=points, generate=options.generate)
+        edits = read_edits(options.edits, options.T, options.offset, options.irrelevant)
+        run.edits_of(len(edits))
         place = records.environment(
             options.model, options.device or "cpu", ["python", "-m", "bench.lifelong", *arguments]
         )

@@ -84,14 +84,14 @@ def _sections(text: str) -> tuple[str, ...]:
     return tuple(name for name in SECTIONS if name in names)
 
 
-def read_edits(path: Path | None, limit: int | None, offset: int = 0) -> list[Edit]:
-    """Edits `offset` to `offset + limit` of a file, or of the packaged set.
+def read_edits(path: Path | None, limit: int | None, offset: int = 0, irrelevant: Path | None = None) -> list[Edit]:
+    """Edits `offset` to `offset + limit` of a file, with the texts of its partner file, or of the packaged set.
 
     Raises:
         EditDataError: the file cannot be read or holds no edit there.
     """
     end = None if limit is None else offset + limit
-    edits = (demo_edits()[:end] if path is None else load_edits(path, limit=end))[offset:]
+    edits = (demo_edits()[:end] if path is None else load_edits(path, limit=end, irrelevant=irrelevant))[offset:]
     if not edits:
         sys.exit(f"error: there is no edit from number {offset + 1} on; lower --offset")
     return edits

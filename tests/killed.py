@@ -194,7 +194,7 @@ def outcome(out: Path) -> dict:
     journal = [dict(line) for line in read_journal(out / "journal.jsonl")]
     for line in journal:
         del line["seconds"], line["rss"]
-        for report in line["reports"]:
+        for report in (*line["reports"], *line.get("again", {}).values()):
             del report["seconds"]
     evaluations = [dict(line) for line in read_journal(out / "evaluations.jsonl")]
     for line in evaluations:

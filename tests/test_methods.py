@@ -278,7 +278,7 @@ class TestSideBySide:
 
     def test_a_file_of_a_run_gives_what_no_option_does(self, arguments, tmp_path):
         file = tmp_path / "run.yaml"
-        said = ("T: 2", "seed: 3", "evaluate_at: [1]", "generate: false", "batch_size: 2", "settings: {lr: 1.5}")
+        said = ("T: 2", "evaluate_at: [1]", "generate: true", "batch_size: 2", "settings: {lr: 1.5, seed: 3}")
         file.write_text("\n".join(said))
         lifelong.main([*arguments, "--methods", "wise_fast", "--config", str(file), "--set", "wise_fast.max_steps=2"])
         header = json.loads((tmp_path / "out" / "wise_fast" / "run.json").read_text())
@@ -292,7 +292,7 @@ class TestSideBySide:
         settings = lifelong.settings_of(["wise_fast"], [], options.seed, options.ours)
         config = WiseConfig.from_dict(settings["wise_fast"])
         points = lifelong.parse_points(options.evaluate_at)
-        run = lifelong.RunSettings(task=options.task, evaluate_at=points, generate=not options.no_generate)
+        run = lifelong.RunSettings(task=options.task, evaluate_at=points, generate=options.generate)
         assert run.points(options.T)[-1] == options.T and str(options.T) in file.stem
         assert config.mode == ("merge" if "merged" in file.stem else "retrieve")
 
@@ -318,12 +318,15 @@ class TestSideBySide:
             (["--set", "rome.lr=1"], "expected METHOD.KEY=VALUE"),
             (["--set", "grace.radios=1"], "grace has no setting 'radios'"),
             (["--T", "9"], "only 3 edits"),
+            (["--config", "{file}"], "T is 2.5, expected a whole number"),
             (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         ],
     )
     def test_mistakes_end_with_one_line_before_anything_runs(self, arguments, tmp_path, more, message):
+        (tmp_path / "run.yaml").write_text("T: 2.5")
+        given = [word for word in arguments if word not in ("--T", "3")] if "{file}" in more else arguments
         with pytest.raises(SystemExit, match=message):
-            lifelong.main([*arguments, *more])
+            lifelong.main([*given, *(word.format(file=tmp_path / "run.yaml") for word in more)])
         assert not (tmp_path / "out").exists() and not (tmp_path / "lifelong.csv").exists()
 
     def test_an_unknown_method_is_refused(self, arguments, capsys):

@@ -158,11 +158,12 @@ def test_packs_of_old_versions_load(copied, version):
                 del fact[name]
             for name in ("names", "about", "endings"):
                 tensors.pop(f"memories.{number}.{name}", None)
-        for name in ("by_subject", *(("last_ratio", "shard_fill") if version < 3 else ())):
+        for name in ("by_subject", "merging", *(("last_ratio", "shard_fill") if version < 3 else ())):
             del header["config"][name]
 
     rewrite(copied, older)
     editor = WiseEditor.from_pretrained(tiny_model("llama"), tiny_tokenizer(), copied)
+    assert editor.config.merging == "ties"  # there was no other
     for memory, old in zip(editor.memories, before, strict=True):
         assert memory.last_limit == (old.last_limit if version == 3 else float("inf"))
         assert memory.names is None and memory.threshold == old.threshold

@@ -130,7 +130,7 @@ def test_what_sequences_share_is_not_indexed_by_sequence(lengths):
     model = tiny_model("gpt2")
     model.transformer.wpe = Positions(model.transformer.wpe)
     tail = Tail(model, find_architecture(model))
-    tail._read_axes = lambda capture: capture.axes  # nothing reads positions again: keep them all the same
+    tail._read_axes = lambda *captures: captures[0].axes  # nothing reads positions again: keep them all the same
     capture = tail.capture(*right_padded(lengths))
     rows = capture.rows(torch.arange(len(lengths)).flip(0))
     assert torch.equal(rows.tape["transformer.wpe"][0], capture.tape["transformer.wpe"][0])
@@ -181,12 +181,13 @@ class TestWhatATapeKeeps:
     @pytest.mark.parametrize("family", FAMILIES)
     def test_it_is_less_than_all(self, family):
         tail, whole = make_tail(family), make_tail(family)
-        whole._read_axes = lambda capture: capture.axes
+        whole._read_axes = lambda *captures: captures[0].axes
         some, all_ = (t.capture(*right_padded(LENGTHS)) for t in (tail, whole))
         assert some.tape.keys() == all_.tape.keys() and some.size < 0.7 * all_.size
 
-    @pytest.mark.parametrize("reads", ["without a gradient", "by writing into it"])
+    @pytest.mark.parametrize("reads", ["detached", "written", "compared", "longer"])
     def test_all_where_it_cannot_be_told(self, reads, monkeypatch):
+        """Read without a gradient, or of some tokens or longer sequences alone; or written into."""
         tail = make_tail("llama", 2)
         mlp = tail.model.model.layers[2].mlp
 
@@ -197,10 +198,43 @@ class TestWhatATapeKeeps:
         def written(x):
             return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)).mul_(mlp.up_proj(x)))
 
-        monkeypatch.setattr(mlp, "forward", detached if reads == "without a gradient" else written)
+        def compared(x):
+            gate = mlp.gate_proj(x)
+            loud = gate.detach().sum(-1, keepdim=True) > 0
+            return mlp.down_proj(mlp.act_fn(gate) * mlp.up_proj(x)) + loud
+
+        def longer(x):
+            gate = mlp.gate_proj(x)
+            found = mlp.down_proj(mlp.act_fn(gate) * mlp.up_proj(x))
+            return found + gate[..., :HIDDEN] if x.shape[1] > 3 else found
+
+        forwards = dict(detached=detached, written=written, compared=compared, longer=longer)
+        monkeypatch.setattr(mlp, "forward", forwards[reads])
         capture = tail.capture(*right_padded(LENGTHS))
         assert taped(capture) == capture.tape.keys()
         compare(tail, capture.rows(torch.tensor([2, 0])))
+
+    def test_another_attention_later(self):
+        tail = make_tail("gpt2", attn_implementation="eager")
+        assert tail.axes
+        tail.model.set_attn_implementation("sdpa")  # whose weights are None
+        compare(tail, tail.capture(*right_padded(LENGTHS)).rows(torch.tensor([2, 0])))
+
+    def test_it_is_asked_again_once_layers_need_rows(self, monkeypatch):
+        """Kernels may have no gradient for as few rows as a first look has."""
+        tail = make_tail("llama", 2)
+        head = tail.model.model.norm
+
+        def refused(x):
+            if torch.is_grad_enabled() and "model.norm" not in tail.fewest:
+                raise NotImplementedError("no gradient for so few rows")
+            return type(head).forward(head, x)
+
+        monkeypatch.setattr(head, "forward", refused)
+        capture = tail.capture(*right_padded(LENGTHS))
+        assert taped(capture) == capture.tape.keys()
+        tail.give_rows({"model.norm": 64})
+        assert taped(tail.capture(*right_padded(LENGTHS))) == self.READ["llama"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

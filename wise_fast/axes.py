@@ -65,7 +65,7 @@ def _floats(value) -> bool:
 
 
 def _kept(value, axis: Axis):
-    if axis.read:
+    if axis.read or not _floats(value):
         return value
     one = [1 if i == axis.batch or i in axis.tokens else n for i, n in enumerate(value.shape)]
     return value.new_full(one, torch.nan).expand(value.shape)
@@ -73,6 +73,8 @@ def _kept(value, axis: Axis):
 
 def _picked(value, axis: Axis, index: Tensor, length: int, width: int):
     """The chosen sequences' first `width` of `length` tokens of a taped value."""
+    if not isinstance(value, Tensor):
+        return value
     if not axis.read:
         sizes = dict.fromkeys(axis.tokens, width) | {axis.batch: len(index) * (width if axis.flat else 1)}
         one = value[tuple(slice(1) if dim in sizes else slice(None) for dim in range(value.ndim))]

@@ -68,7 +68,8 @@ class WiseConfig:
         shards: shards that are merged into one memory (mode "merge").
         mode: "retrieve" keeps a bank of memories, "merge" merges them.
         merging: "regmean", weighted by the covariances of what was taught (protected memories of all columns only), or
-            "ties" (the paper's), which keeps far less of what each shard answered.
+            "ties" (the paper's), which keeps far less of what each shard answered. A pack holds no covariances: where
+            these weigh, memories that were loaded stay as they are, and what is taught since becomes another.
         rehearsals: passes in which the edits of a shard that is full, or of memories that were merged by covariances
             (each time all that it holds by then), are learned once more, all together (`wise_fast.rehearsal`; protected
             memories only): up to 16 in a step, whatever `batch_size` is, and one augmented prompt of each. Twice or

@@ -74,7 +74,7 @@ class Material:
     def require_gradients(self) -> None:
         """Raise UnsupportedModelError unless edits can be trained through what lies behind the projection, and tell the
         tail what that takes."""
-        self.tail.fewest = require_gradients(self.model, self.architecture, self.projection.dtype)
+        self.tail.give_rows(require_gradients(self.model, self.architecture, self.projection.dtype))
 
     @property
     def device(self) -> torch.device:

@@ -31,7 +31,7 @@ def run(
     model: Annotated[str | None, typer.Option("--model", "-m", help=_MODEL)] = None,
     task: Annotated[str | None, typer.Option(help=_TASK)] = None,
     T: Annotated[int | None, typer.Option("--T", min=1, help="Edits in all; by default the whole file.")] = None,
-    mode: Annotated[str | None, typer.Option(help="retrieve: a bank of memories; merge: one memory.")] = None,
+    mode: Annotated[str | None, typer.Option(help="retrieve: a bank of memories; merge: made one.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Edits trained together.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting; may be repeated.")

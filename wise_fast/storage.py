@@ -42,6 +42,7 @@ CONFIG, EDITS, MEMORY = "wise_config.json", "wise_edits.json", "wise_memory.safe
 CARD = "README.md"
 _FILES = (CONFIG, EDITS, MEMORY)
 _ADVICE = "save the editor again, or restore the directory from a copy"
+_BEFORE = {"merging": "ties"}  # what was meant by a pack that does not say
 _BASE = {"family", "layers", "layer", "projection", "shape", "dtype", "weights"}
 
 
@@ -129,7 +130,8 @@ def load(directory: str | os.PathLike) -> Saved:
                 raise StorageError(f"{name} is damaged or was changed: its sha256 is not that in {CONFIG}; {_ADVICE}")
         if set(header["base"]) != _BASE or not isinstance(getattr(torch, header["base"]["dtype"]), torch.dtype):
             raise StorageError(f"{CONFIG} does not describe a base model: {header['base']}")
-        config, state = WiseConfig.from_dict(header["config"]), _state(header, files)
+        config = WiseConfig.from_dict(_BEFORE | header["config"])
+        state = _state(header, files)
         return Saved(config, header["base"], state, header, {name: len(data) for name, data in files.items()})
     except StorageError as error:
         raise StorageError(f"{directory}: {error}") from None
@@ -173,8 +175,8 @@ def inspect(directory: str | os.PathLike) -> dict:
 def sealed(state: EditorState, config: WiseConfig) -> EditorState:
     """The state as loading gives it back: the open shard is a closed memory.
 
-    No merge happens here, even when the shard completes a group of `config.shards`; the next one to close takes it
-    along.
+    No merge happens here, even when the shard completes a group of `config.shards`; where TIES merges, the next one to
+    close takes it along.
     """
     if state.shard is None or not state.shard.memory.edits:
         return state.replace(shard=None)

@@ -24,6 +24,7 @@ from wise_fast.axes import SHAPES, Axis, axes_of, differentiable, kept, pick, re
 from wise_fast.gradients import with_rows
 
 Axes = dict[str, list[list[Axis]]]
+_TOKENS = 16  # of the vocabulary, that are asked for what a replay reads
 
 
 class _Reached(Exception):
@@ -55,7 +56,8 @@ class Capture:
     def size(self) -> int:
         """Bytes of its activations."""
         taped = [value for value in tree_leaves(self.tape) if isinstance(value, Tensor)]
-        return sum(tensor.untyped_storage().nbytes() for tensor in (self.a, self.main, *taped))
+        storages = [tensor.untyped_storage() for tensor in (self.a, self.main, *taped)]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def rows(self, index: Tensor, width: int | None = None) -> Capture:
         """The same for a subset of the batch's sequences, less the padding they share.
@@ -94,6 +96,12 @@ class Tail:
         self.fewest: dict[str, int] = {}
         self._evaluates = False
 
+    def give_rows(self, fewest: dict[str, int]) -> None:
+        """Tell how many rows layers need for a gradient (`require_gradients`). What a replay reads is told by one."""
+        if fewest != self.fewest:
+            self.fewest = fewest
+            self.__dict__.pop("axes", None)
+
     @property
     def at_last_layer(self) -> bool:
         """Whether no attention follows the projection."""
@@ -131,36 +139,40 @@ class Tail:
     @functools.cached_property
     def axes(self) -> Axes:
         """Where the sequences and their tokens are in every taped tensor, and whether a replay reads it."""
-        device = place.device_of(self.model.get_input_embeddings())
+        embeddings = self.model.get_input_embeddings()
         with torch.inference_mode(False), torch.no_grad():
-            first, second = (torch.zeros(size, dtype=torch.long, device=device) for size in SHAPES)
-            one, two = (self._capture(ids, torch.ones_like(ids), {}) for ids in (first, second))
+            ids = [torch.arange(a * b, device=place.device_of(embeddings)).view(a, b) % _TOKENS for a, b in SHAPES]
+            one, two = (self._capture(batch, torch.ones_like(batch), {}) for batch in ids)
             calls = {name: zip(made, two.tape[name], strict=True) for name, made in one.tape.items()}
             axes = {name: [axes_of(*pair) for pair in pairs] for name, pairs in calls.items()}
-            return self._read_axes(replace(one, axes=axes))
+            padded = self._capture(ids[1], torch.ones_like(ids[1]).tril(1), {})
+            return self._read_axes(*(replace(capture, axes=axes) for capture in (one, padded)))
 
-    def _read_axes(self, capture: Capture) -> Axes:
-        """The capture's axes, with what a replay of it reads: what has a gradient, if without the rest it is the same.
-        Where that cannot be told, all of it."""
-        tape = {name: [differentiable(call) for call in calls] for name, calls in capture.tape.items()}
+    def _read_axes(self, *captures: Capture) -> Axes:
+        """The captures' axes, with what a replay reads: what has a gradient, if without the rest all of them replay as
+        before. Where that cannot be told, everything."""
+        every = captures[0].axes
+        tape = {name: [differentiable(call) for call in calls] for name, calls in captures[0].tape.items()}
         leaves = [value for value in tree_leaves(tape) if isinstance(value, Tensor) and value.requires_grad]
-
-        def states(tape: dict[str, list]) -> Tensor:
-            places = torch.arange(len(capture.main), device=capture.main.device)
-            return self._states(replace(capture, tape=tape), capture.main, places)
-
-        axes, less = {}, {}
         try:
             with torch.enable_grad():
-                gradients = torch.autograd.grad(states(tape).sum(), leaves, allow_unused=True)
+                states = self._states_of(replace(captures[0], tape=tape))
+                gradients = torch.autograd.grad(states.sum(), leaves, allow_unused=True)
             read = {id(leaf) for leaf, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
-            for name, calls in tape.items():
-                axes[name] = [read_of(*call, read) for call in zip(calls, capture.axes[name], strict=True)]
-                less[name] = [kept(*call) for call in zip(calls, axes[name], strict=True)]
-            same = torch.equal(states(less), states(capture.tape))
+            axes = {n: [read_of(*of, read) for of in zip(tape[n], calls, strict=True)] for n, calls in every.items()}
+            same = all(self._same(capture, axes) for capture in captures)
         except Exception:  # of any model's code: no gradient is to be had, or it writes into what it is given
             same = False
-        return axes if same else capture.axes
+        return axes if same else every
+
+    def _same(self, capture: Capture, axes: Axes) -> bool:
+        """Whether a tape that keeps what these axes say is read replays as the capture's own."""
+        tape = {n: [kept(*of) for of in zip(calls, axes[n], strict=True)] for n, calls in capture.tape.items()}
+        return torch.equal(self._states_of(replace(capture, tape=tape)), self._states_of(capture))
+
+    def _states_of(self, capture: Capture) -> Tensor:
+        """What the LM head is given at every token of the capture."""
+        return self._states(capture, capture.main, torch.arange(len(capture.main), device=capture.main.device))
 
     def _record(self, input_ids: Tensor, attention_mask: Tensor, axes: Axes) -> tuple[Tensor, dict[str, list]]:
         """The projection's input and the tape."""
