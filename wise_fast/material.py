@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from wise_fast import tokens
 from wise_fast.architectures import Architecture
 from wise_fast.augment import drop_words, sample_texts, swap_subject
+from wise_fast.capture import Capture
 from wise_fast.chat import reworded
 from wise_fast.config import WiseConfig
 from wise_fast.data import Edit
@@ -22,7 +23,7 @@ from wise_fast.memory import SideMemory
 from wise_fast.routing import Routing
 from wise_fast.rows import buckets
 from wise_fast.subjects import Names, spellings
-from wise_fast.tail import Capture, Tail
+from wise_fast.tail import Tail
 from wise_fast.texts import Texts
 from wise_fast.training import Trainer
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from wise_fast import objective
+from wise_fast.capture import Capture
 from wise_fast.memory import SideMemory
 from wise_fast.scope import last_of
-from wise_fast.tail import Capture, Tail
+from wise_fast.tail import Tail
 from wise_fast.tokens import Batch, Example, collate
 from wise_fast.vocabulary import Likely
 
