@@ -8,7 +8,8 @@ RUN = "fe5aa5f"
 quality = Rows("quality.csv", "54e06e1")
 before = Rows("quality.csv", RUN)  # of memories that the last token has no say in
 lifelong = Rows("lifelong.csv", "54e06e1+dirty")(method="wise_fast")
-rehearsed = Rows("lifelong.csv", "d6d80fc")(method="wise_fast")
+rehearsed = Rows("lifelong.csv", "1229506")(settings='*"rehearsals":14*')
+alone_500 = Rows("lifelong.csv", "63eb504")(T=500)
 merged = Rows("lifelong.csv", "1db216d")(task="qa", T=300)
 ties = Rows("lifelong.csv", "a948f75")(settings='*"merging":"ties"*', T=300)
 passages = Rows("lifelong.csv", "1db216d")(task="hallucination", T=100)
@@ -143,10 +144,10 @@ def streamed(text: str, edits: int, more: str = "") -> Line:
     return line(f"| {text} {edits} | {cells} |", run=lifelong(T=edits), again=rehearsed(T=edits))
 
 
-def lasted(commit: str, more: str = "") -> Line:
+def lasted(commit: str, more: str = "", **where: str) -> Line:
     cells = f"{SCORES} | {{run.memories:.0f}} | {{run.served_mb:.1f}} | {{run.peak_mb:.0f}} | {{run.edit_seconds:.0f}}"
     cells += " | {run.threads:.0f}"
-    run = Rows("lifelong.csv", commit)(method="wise_fast", T=500)
+    run = Rows("lifelong.csv", commit)(method="wise_fast", T=500, **where)
     return line(f"| {{run.commit}}{more} | {cells} | {{run.device}} |", run=run)
 
 
@@ -278,11 +279,12 @@ CPU = {
         lasted("c840cb2", ", `rehearsals=10`, `wave=8`"),
         lasted("d6d80fc", ", `rehearsals=14`, `wave=8`"),
         lasted("63eb504", ", `rehearsals=14`, `wave=8`"),
+        lasted("1229506", ", `rehearsals=14`, `wave=8`", settings='*"rehearsals":14*'),
     ),
     "recipes": Table(
         "| a run of `bench/recipes/` | Rel | Gen | OOD | perplexity of the targets | Loc | s an edit (median) "
         "| memories | MB served | peak MB | commit |",
-        recorded("`zsre_500`: questions, a bank of memories", QUESTIONS, rehearsed(T=500)),
+        recorded("`zsre_500`: questions, a bank of memories", QUESTIONS, alone_500),
         recorded("`zsre_300_merged`: questions served from one memory", QUESTIONS, merged),
         recorded("the same, merged by TIES", QUESTIONS, ties),
         recorded("`hallucination_100`: sentences that follow a passage", " | | | {run.perplexity:.3f}", passages),
