@@ -18,8 +18,8 @@ venv: $(STAMP) ## make .venv with everything in it, at the versions of constrain
 
 # torch first and alone: its pin takes a local CPU wheel where there is one, instead of gigabytes of CUDA.
 $(STAMP): pyproject.toml constraints.txt
-	@if [ -e $(UNFINISHED) ] || ! $(PIP) --version >/dev/null 2>&1; then $(PYTHON) -m venv --clear $(VENV); fi
 	@echo "installing into $(VENV) (minutes the first time)"
+	@if [ -e $(UNFINISHED) ] || ! $(PIP) --version >/dev/null 2>&1; then $(PYTHON) -m venv --clear $(VENV); fi
 	@trap 'exit 130' INT TERM; touch $(UNFINISHED); \
 	{ $(PIP) install $(QUIET) "$$(grep '^torch==' constraints.txt)" && \
 	  $(PIP) install $(QUIET) -e '.[dev]' -c constraints.txt; } || { rm -f $(UNFINISHED); exit 1; }

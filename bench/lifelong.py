@@ -27,6 +27,7 @@ from wise_fast.data import Edit, deduplicate
 from wise_fast.errors import ConfigError, WiseError
 from wise_fast.journal import Journal
 from wise_fast.models import load_model
+from wise_fast.plots import require_matplotlib
 from wise_fast.report import write_report
 from wise_fast.routing_scores import sample_prompts
 from wise_fast.run_settings import OPTIONS, RunSettings, batches, method_settings, parse_points, read_run_file
@@ -141,8 +142,7 @@ def compare(
     """
     for name, values in settings.items():  # all are made once, so that a wrong setting ends the run at its beginning
         make_method(name, model, tokenizer, values).unload()
-    if out.exists() and any(out.iterdir()):
-        raise WiseError(f"{out}: is not empty; name a new directory")
+    _require_new(out)
     rows: list[dict] = []
     for name, values in settings.items():
         sys.stderr.write(f"{name}: {len(plan.edits)} edits\n")
@@ -155,6 +155,11 @@ def compare(
         records.append(results / "lifelong.csv", COLUMNS, fresh)
         rows += fresh
     return rows
+
+
+def _require_new(out: Path) -> None:
+    if out.exists() and any(out.iterdir()):
+        raise WiseError(f"{out}: is not empty; name a new directory")
 
 
 def _row(plan: Plan, method: Method, line: dict, place: dict) -> dict:
@@ -245,6 +250,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         points = None if options.evaluate_at is None else parse_points(options.evaluate_at)
         settings = settings_of(options.methods, options.set, options.seed, options.ours)
         run = RunSettings(task=options.task, T=options.T, evaluate_at=points, generate=options.generate)
+        _require_new(options.out)
+        if not options.no_plots:
+            require_matplotlib()
         edits = read_edits(options.edits, options.T, options.offset, options.irrelevant)
         run.edits_of(len(edits))
         place = records.environment(

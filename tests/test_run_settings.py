@@ -37,6 +37,11 @@ class TestRunFile:
         json_.write_text('{"task": "qa", "T": 300, "evaluate_at": [1, 10], "settings": {"lr": 2.5}}')
         assert read_run_file(yaml) == read_run_file(json_)
 
+    def test_numbers_with_an_exponent(self, tmp_path):
+        (tmp_path / "run.yaml").write_text("settings: {lr: 1e-3, weight_decay: .5e-2, layout: e3, stop: 1e}")
+        found = read_run_file(tmp_path / "run.yaml")["settings"]
+        assert found == {"lr": 0.001, "weight_decay": 0.005, "layout": "e3", "stop": "1e"}
+
     @pytest.mark.parametrize(
         "text, words",
         [
@@ -45,6 +50,7 @@ class TestRunFile:
             ("- qa", "named options"),
             ("task: [", "neither YAML nor JSON"),
             ("settings: fast", "settings by name"),
+            ("out: 2026", "out is 2026, expected text"),
             ("", "named options"),
         ],
     )

@@ -36,6 +36,11 @@ class TestSettings:
         with pytest.raises(ConfigError, match="config.json"):
             build_config(file, [])
 
+    def test_a_file_of_a_run_is_not_one_of_settings(self, tmp_path):
+        (tmp_path / "run.yaml").write_text("task: qa\nsettings: {lr: 2.0}\n")
+        with pytest.raises(ConfigError, match="has 'settings', as files of `wise-fast run` do"):
+            build_config(tmp_path / "run.yaml", [])
+
     def test_not_key_value(self):
         with pytest.raises(ConfigError, match="expected key=value"):
             parse_setting("max_steps")

@@ -157,12 +157,18 @@ def running_median(points: Sequence[tuple[float, float]]) -> list[tuple[float, f
     return [(x, median(values[max(0, i - half) : i + half + 1])) for i, (x, _) in enumerate(points)]
 
 
-def _panel(title: str, x: str, y: str) -> tuple[Any, Any]:
+def require_matplotlib() -> tuple[Any, Any]:
+    """Its canvas and figure. Raises WiseError where it is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise WiseError("plots need matplotlib, not installed here: pip install 'wise_fast[plot]'") from error
+    return FigureCanvasAgg, Figure
+
+
+def _panel(title: str, x: str, y: str) -> tuple[Any, Any]:
+    FigureCanvasAgg, Figure = require_matplotlib()
     figure = Figure(figsize=_SIZE, dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.11, 0.13, 0.62, 0.74))

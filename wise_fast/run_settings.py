@@ -28,6 +28,7 @@ OPTIONS = (
     "dtype",
     "settings",
 )
+_TEXTS = ("model", "task", "edits", "irrelevant", "mode", "out", "device", "dtype")
 METHOD_OPTIONS = ("mode", "batch_size", "seed")  # settings of `WiseConfig` that are options of a run as well
 
 
@@ -107,10 +108,12 @@ def read_run_file(file: Path) -> dict:
     Raises:
         ConfigError: the file cannot be read, or holds anything else.
     """
-    import yaml  # comes with transformers; only runs from a file need it
+    import yaml  # only runs from a file need it
+
+    from wise_fast.value_files import parse_yaml
 
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = parse_yaml(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {file}: cannot be read ({error.strerror}); check the path") from None
     except (yaml.YAMLError, ValueError) as error:
@@ -125,6 +128,9 @@ def read_run_file(file: Path) -> dict:
                 f"--config {file}: unknown option {name!r}{suggestion(name, OPTIONS)}; known: {', '.join(OPTIONS)}. "
                 "Settings of WiseConfig go under 'settings'"
             )
+    for name in _TEXTS:
+        if not isinstance(found.get(name), (str, type(None))):
+            raise ConfigError(f"--config {file}: {name} is {found[name]!r}, expected text; put it in quotes")
     if not isinstance(found.get("settings") or {}, Mapping):
         raise ConfigError(f"--config {file}: 'settings' is {found['settings']!r:.60}, expected settings by name")
     return {name: value for name, value in found.items() if value is not None}

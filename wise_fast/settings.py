@@ -48,6 +48,8 @@ def _read(file: Path) -> dict:
     """The settings of a JSON or YAML file; EasyEdit's hyper-parameters, told by `alg_name`, as ours."""
     try:
         values = read_values(file)
+        if "settings" in values:
+            raise ConfigError(f"{file}: has 'settings', as files of `wise-fast run` do; give what is under it alone")
         if "alg_name" not in values:
             return values
         config, notes = config_from_hparams(values, str(file))

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from wise_fast.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe, and takes 1e-3 for a number, as YAML 1.2 does."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML document holds. yaml.YAMLError or ValueError where it is none."""
+    return yaml.load(text, _Loader)
 
 
 def read_values(path: Path) -> dict[str, Any]:
@@ -20,7 +35,7 @@ def read_values(path: Path) -> dict[str, Any]:
     kind, shape = ("YAML", "'name: value' lines") if is_yaml(path) else ("JSON", "an object of settings")
     try:
         text = path.read_text(encoding="utf-8")
-        values = yaml.safe_load(text) if is_yaml(path) else json.loads(text)
+        values = parse_yaml(text) if is_yaml(path) else json.loads(text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
