@@ -5,16 +5,18 @@ from __future__ import annotations
 from bench.cells import Line, Rows, Table, line
 
 RUN = "fe5aa5f"
-quality = Rows("quality.csv", "54e06e1")
-before = Rows("quality.csv", RUN)  # of memories that the last token has no say in
-lifelong = Rows("lifelong.csv", "54e06e1+dirty")(method="wise_fast")
-rehearsed = Rows("lifelong.csv", "1229506")(settings='*"rehearsals":14*')
+NOW = "1229506"
+quality = Rows("quality.csv", NOW)
+streams = Rows("lifelong.csv", NOW)
+by_default = streams(method="wise_fast", command="*--T 500*")
+rehearsed = streams(settings='*"rehearsals":14*')
+side_by_side = streams(command="*--T 10 *")
 alone_500 = Rows("lifelong.csv", "63eb504")(T=500)
 merged = Rows("lifelong.csv", "1db216d")(task="qa", T=300)
 ties = Rows("lifelong.csv", "a948f75")(settings='*"merging":"ties"*', T=300)
 passages = Rows("lifelong.csv", "1db216d")(task="hallucination", T=100)
 temporal = Rows("lifelong.csv", "1cc0eda")(task="temporal", T=40)
-editing = Rows("editing.csv", RUN)
+editing = Rows("editing.csv", NOW)
 memory = Rows("memory.csv", RUN)(metric="load and one edit: peak above the loaded model")
 storage = Rows("storage.csv", RUN)(case="50 edits")
 serving = Rows("serving.csv", "fc7f934")(metric="ratio to unedited, by round")
@@ -87,9 +89,9 @@ def arm(rows: Rows, name: str) -> Rows:
     return rows(case=f"{rows.where['case']}: {name}")
 
 
-def taught(text: str, rows: Rows = quality, **where: str | float) -> Line:
+def taught(text: str, **where: str | float) -> Line:
     cells = f"{SCORES} | {{run.exact:.2s}} | {{run.exact_rephrased:.2s}} | {{run.seconds_per_edit:.2f}}"
-    return line(f"| {text} | {cells} |", run=rows(offset=0, **where))
+    return line(f"| {text} | {cells} |", run=quality(offset=0, **where))
 
 
 def beside(text: str, rows: Rows, noise: str = "") -> Line:
@@ -141,7 +143,7 @@ def stored(text: str, metric: str) -> Line:
 def streamed(text: str, edits: int, more: str = "") -> Line:
     cells = f"{SCORES} | {{run.perplexity_after:.2f}}{more} | "
     cells += SCORES.replace("run", "again")
-    return line(f"| {text} {edits} | {cells} |", run=lifelong(T=edits), again=rehearsed(T=edits))
+    return line(f"| {text} {edits} | {cells} |", run=by_default(T=edits), again=rehearsed(T=edits))
 
 
 def lasted(commit: str, more: str = "", **where: str) -> Line:
@@ -157,11 +159,10 @@ def recorded(recipe: str, scores: str, rows: Rows) -> Line:
     return line(f"| {recipe} | {scores} | {{run.locality:.3s}} | {costs} |", run=rows)
 
 
-def compared(text: str, method: str, edits: int, last: bool = True) -> Line:
+def compared(text: str, edits: int, run: Rows, last: bool = True) -> Line:
     """Costs stand in the row of a method's `last` evaluation."""
-    run = Rows("lifelong.csv", "8348067")(method=method, T=edits)
     costs = "{run.seconds_per_edit:.2f} | {run.served_mb:.1f} | {run.peak_mb:.0f}" if last else " | | "
-    return line(f"| {text}, {edits} edits | {SCORES} | {{run.perplexity_after:.2f}} | {costs} |", run=run)
+    return line(f"| {text}, {edits} edits | {SCORES} | {{run.perplexity_after:.2f}} | {costs} |", run=run(T=edits))
 
 
 def family(text: str, rows: Rows) -> Line:
@@ -196,12 +197,8 @@ CPU = {
         taught("first 50 edits, batches of 8 (the default)", count=50, settings="{}"),
         taught("first 50 edits, one at a time", count=50, settings='{"batch_size":1}'),
         taught("first 10 edits, one at a time", count=10, settings='{"batch_size":1}'),
-        taught(
-            "two shards of 25, TIES-merged (the paper's recipe)",
-            before,
-            count=50,
-            settings='{"shard_size":25,"mode":"merge"}',
-        ),
+        taught("two shards of 25, merged by covariances", count=50, settings='{"shard_size":25,"mode":"merge"}'),
+        taught("the same, TIES-merged", count=50, settings='{"shard_size":25,"mode":"merge","merging":"ties"}'),
     ),
     "zsre-500": Table(
         "| ZsRE, one run of 500 edits, a new memory every 50 (the default) | Rel | Gen | Loc "
@@ -279,7 +276,8 @@ CPU = {
         lasted("c840cb2", ", `rehearsals=10`, `wave=8`"),
         lasted("d6d80fc", ", `rehearsals=14`, `wave=8`"),
         lasted("63eb504", ", `rehearsals=14`, `wave=8`"),
-        lasted("1229506", ", `rehearsals=14`, `wave=8`", settings='*"rehearsals":14*'),
+        lasted(NOW, ", `rehearsals=14`, `wave=8`", settings='*"rehearsals":14*'),
+        lasted(NOW, settings='*"rehearsals":0*'),
     ),
     "recipes": Table(
         "| a run of `bench/recipes/` | Rel | Gen | OOD | perplexity of the targets | Loc | s an edit (median) "
@@ -292,11 +290,12 @@ CPU = {
     ),
     "methods": Table(
         "| | Rel | Gen | Loc | perplexity of held-out passages | s an edit | MB served | peak MB |",
-        compared("ours, by default", "wise_fast", 10, last=False),
-        compared("FT-L", "ft-l", 10, last=False),
-        compared("GRACE", "grace", 10),
-        compared("ours, by default", "wise_fast", 100),
-        compared("FT-L", "ft-l", 100),
+        compared("ours, by default", 10, side_by_side(method="wise_fast")),
+        compared("the paper's WISE", 10, side_by_side(method="wise")),
+        compared("FT-L", 10, side_by_side(method="ft-l")),
+        compared("GRACE", 10, side_by_side(method="grace")),
+        compared("ours, by default", 100, by_default, last=False),
+        compared("FT-L", 100, Rows("lifelong.csv", "8348067")(method="ft-l")),
     ),
     "ablation": Table(
         "| edits 201 to 250 | Rel | Gen | Loc | perplexity of held-out passages | untaught prompts in scope "
