@@ -5,66 +5,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
+from tests.replays import LENGTHS, TOLERANCE, compare, make_tail, replayed, right_padded, targets, whole
 from tests.test_architectures import assert_unchanged, snapshot
 from tests.tiny import FAMILIES, HIDDEN, tiny_model, tiny_tokenizer
 from wise_fast import WiseConfig, WiseEditor
 from wise_fast.architectures import find_architecture, linear_weight
 from wise_fast.tail import Tail
-
-TOLERANCE = dict(rtol=1e-5, atol=1e-5)  # fp32 round-off of logits of size 1 to 10
-LENGTHS = (5, 2, 7, 3)
-
-
-def make_tail(family, layer=None, **overrides):
-    model = tiny_model(family, **overrides)
-    return Tail(model, find_architecture(model, layer))
-
-
-def right_padded(lengths, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-    return torch.randint(0, 256, mask.shape, generator=generator) * mask, mask
-
-
-def targets(mask):
-    """Every real token predicts a label of its own."""
-    positions = mask.flatten().nonzero()[:, 0]
-    return positions, (positions * 37 + 11) % 256
-
-
-def whole(tail, ids, mask, shift):
-    """Logits [N, V], loss and d loss / d y by an ordinary forward whose projection's output is shifted."""
-    positions, labels = targets(mask)
-    kept = []
-
-    def hook(_module, _args, output):
-        kept.append((output.detach() + shift.view_as(output)).requires_grad_())
-        return kept[0]
-
-    handle = tail.model.get_submodule(tail.architecture.projection).register_forward_hook(hook)
-    logits = tail.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.flatten(0, 1)[positions]
-    handle.remove()
-    loss = nn.functional.cross_entropy(logits.float(), labels)
-    loss.backward()
-    return logits.detach(), loss.detach(), kept[0].grad.reshape(ids.numel(), -1)
-
-
-def replayed(tail, capture, shift):
-    positions, labels = targets(capture.attention_mask)
-    y = (capture.main + shift).requires_grad_()
-    logits = tail.replay(capture, y, positions)
-    loss = nn.functional.cross_entropy(logits.float(), labels)
-    return logits.detach(), loss.detach(), torch.autograd.grad(loss, y)[0]
-
-
-def compare(tail, capture, tolerance=TOLERANCE, dtype=torch.float32):
-    shift = 0.5 * torch.randn(capture.main.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    expected = whole(tail, capture.input_ids, capture.attention_mask, shift)
-    for got, want in zip(replayed(tail, capture, shift), expected, strict=True):
-        torch.testing.assert_close(got, want, **tolerance)
-
 
 ATTENTION = [(f, a) for f in FAMILIES for a in ("eager", "sdpa") if a == "eager" or f not in ("gemma2", "gptj")]
 
@@ -150,91 +97,6 @@ def test_rows_are_what_capturing_them_gives(lengths, data):
     real = mask[rows].flatten().bool()
     for name in ("a", "main"):
         torch.testing.assert_close(getattr(some, name)[real], getattr(alone, name)[real], **TOLERANCE)
-
-
-def taped(capture):
-    """The modules of whose outputs the tape has more than NaN."""
-    return {
-        n for n, calls in capture.tape.items() if any(v is not None and not v.isnan().any() for v in tree_leaves(calls))
-    }
-
-
-class TestWhatATapeKeeps:
-    """Of what came before the projection, what a replay reads, and nothing else."""
-
-    READ = {
-        "llama": {"model.rotary_emb", "model.layers.1", "model.layers.2.self_attn"},
-        "gemma3": {"model.rotary_emb", "model.layers.1", "model.layers.2.post_attention_layernorm"},
-        "gpt2": {"transformer.h.1", "transformer.h.2.attn"},
-        "gptj": {"transformer.h.1", "transformer.h.2.attn"},
-    }
-
-    @pytest.mark.parametrize("family", READ)
-    def test_what_is_read(self, family):
-        tail = make_tail(family, 2)
-        capture = tail.capture(*right_padded(LENGTHS))
-        assert taped(capture) == self.READ[family] < capture.tape.keys()
-        for name in capture.tape.keys() - taped(capture):
-            for value in tree_leaves(capture.tape[name]):
-                assert value is None or (value.isnan().all() and value.untyped_storage().nbytes() < value.nbytes)
-
-    @pytest.mark.parametrize("family", FAMILIES)
-    def test_it_is_less_than_all(self, family):
-        tail, whole = make_tail(family), make_tail(family)
-        whole._read_axes = lambda *captures: captures[0].axes
-        some, all_ = (t.capture(*right_padded(LENGTHS)) for t in (tail, whole))
-        assert some.tape.keys() == all_.tape.keys() and some.size < 0.7 * all_.size
-
-    @pytest.mark.parametrize("reads", ["detached", "written", "compared", "longer"])
-    def test_all_where_it_cannot_be_told(self, reads, monkeypatch):
-        """Read without a gradient, or of some tokens or longer sequences alone; or written into."""
-        tail = make_tail("llama", 2)
-        mlp = tail.model.model.layers[2].mlp
-
-        def detached(x):
-            gate = mlp.gate_proj(x)
-            return mlp.down_proj(mlp.act_fn(gate) * mlp.up_proj(x)) + gate.detach()[..., :HIDDEN]
-
-        def written(x):
-            return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)).mul_(mlp.up_proj(x)))
-
-        def compared(x):
-            gate = mlp.gate_proj(x)
-            loud = gate.detach().sum(-1, keepdim=True) > 0
-            return mlp.down_proj(mlp.act_fn(gate) * mlp.up_proj(x)) + loud
-
-        def longer(x):
-            gate = mlp.gate_proj(x)
-            found = mlp.down_proj(mlp.act_fn(gate) * mlp.up_proj(x))
-            return found + gate[..., :HIDDEN] if x.shape[1] > 3 else found
-
-        forwards = dict(detached=detached, written=written, compared=compared, longer=longer)
-        monkeypatch.setattr(mlp, "forward", forwards[reads])
-        capture = tail.capture(*right_padded(LENGTHS))
-        assert taped(capture) == capture.tape.keys()
-        compare(tail, capture.rows(torch.tensor([2, 0])))
-
-    def test_another_attention_later(self):
-        tail = make_tail("gpt2", attn_implementation="eager")
-        assert tail.axes
-        tail.model.set_attn_implementation("sdpa")  # whose weights are None
-        compare(tail, tail.capture(*right_padded(LENGTHS)).rows(torch.tensor([2, 0])))
-
-    def test_it_is_asked_again_once_layers_need_rows(self, monkeypatch):
-        """Kernels may have no gradient for as few rows as a first look has."""
-        tail = make_tail("llama", 2)
-        head = tail.model.model.norm
-
-        def refused(x):
-            if torch.is_grad_enabled() and "model.norm" not in tail.fewest:
-                raise NotImplementedError("no gradient for so few rows")
-            return type(head).forward(head, x)
-
-        monkeypatch.setattr(head, "forward", refused)
-        capture = tail.capture(*right_padded(LENGTHS))
-        assert taped(capture) == capture.tape.keys()
-        tail.give_rows({"model.norm": 64})
-        assert taped(tail.capture(*right_padded(LENGTHS))) == self.READ["llama"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
